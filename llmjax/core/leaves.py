@@ -1,0 +1,175 @@
+"""Array leaves: what may stand in a parameter tree where a weight stood, and `dot`, the only place that knows the kinds.
+
+A leaf replaces a weight without the model knowing: a LoRA leaf adds a low-rank product, an int8 leaf holds quantised numbers, a transposed leaf holds the same
+numbers in the order a matrix-vector product reads them fastest. Leaves compose: QLoRA is a LoRA leaf around a quantised leaf.
+Each leaf answers `shape` (the weight's own), `dtype` (what `dense` gives) and `ndim`.
+"""
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from llmjax.core.contract import contract
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Lora:
+    """w + (alpha / rank) · a b (Hu et al. 2021, eq. 3). w [batch…, in…, out…], a [batch…, in…, R], b [batch…, R, out…]."""
+    w: Any
+    a: jax.Array
+    b: jax.Array
+    alpha: float = dc.field(metadata=dict(static=True))
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    @property
+    def ndim(self):
+        return self.w.ndim
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Int8:
+    """q · scale: symmetric int8, one float scale per output channel. q has the weight's shape; scale too, with size 1 on the contracted dimensions."""
+    q: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self):
+        return self.q.shape
+
+    @property
+    def dtype(self):
+        return self.scale.dtype
+
+    @property
+    def ndim(self):
+        return self.q.ndim
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Transposed:
+    """The weight with its dimensions in the order `order` of the original: w = w_original.transpose(order)."""
+    w: jax.Array
+    order: tuple[int, ...] = dc.field(metadata=dict(static=True))
+
+    @property
+    def shape(self):
+        return tuple(self.w.shape[self.order.index(i)] for i in range(self.w.ndim))
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    @property
+    def ndim(self):
+        return self.w.ndim
+
+
+KINDS = (Lora, Int8, Transposed)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether x stands for one weight although jax sees a subtree."""
+    return isinstance(x, KINDS)
+
+
+def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> jax.Array:
+    """einsum(equation, x, weight) for any kind of weight, accumulated in float32, in x's dtype unless `out_dtype` says otherwise.
+
+    equation: "btd,dnh->btnh": activations first, then the weight with its batch axes, contracted axes and produced axes in this order.
+    """
+    if isinstance(weight, Lora):
+        down, up = lora_equations(equation, weight.a.ndim, weight.b.ndim, weight.ndim)
+        low = contract(up, contract(down, x, weight.a), weight.b, out_dtype=out_dtype)
+        return dot(equation, x, weight.w, out_dtype=out_dtype) + jnp.asarray(weight.alpha / weight.a.shape[-1], low.dtype) * low
+    if isinstance(weight, Int8):
+        left, out = equation.split("->")
+        letters = left.split(",")[1]
+        kept = "".join(c for i, c in enumerate(letters) if weight.scale.shape[i] != 1 or c in out)
+        scale = weight.scale.reshape([n for c, n in zip(letters, weight.scale.shape) if c in kept])
+        y = jnp.einsum(equation, x, weight.q.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (y * aligned(scale, kept, out)).astype(out_dtype or x.dtype)
+    if isinstance(weight, Transposed):
+        left, out = equation.split("->")
+        letters, names = left.split(",")
+        return contract(f"{letters},{''.join(names[i] for i in weight.order)}->{out}", x, weight.w, out_dtype=out_dtype)
+    return contract(equation, x, weight, out_dtype=out_dtype)
+
+
+def aligned(x: jax.Array, letters: str, target: str) -> jax.Array:
+    """x, whose dimensions are `letters`, transposed and reshaped to broadcast against `target`."""
+    order = sorted(range(len(letters)), key=lambda i: target.index(letters[i]))
+    x = x.transpose(order)
+    sizes = dict(zip((letters[i] for i in order), x.shape))
+    return x.reshape([sizes.get(c, 1) for c in target])
+
+
+@functools.cache
+def lora_equations(equation: str, a_ndim: int, b_ndim: int, w_ndim: int) -> tuple[str, str]:
+    """"btd,dnh->btnh" -> ("btd,dR->btR", "btR,Rnh->btnh"); batch axes of the weight go through both."""
+    left, out = equation.split("->")
+    xs, ws = left.split(",")
+    batch = a_ndim + b_ndim - 2 - w_ndim
+    inputs = a_ndim - 1 - batch
+    lead, summed, made = ws[:batch], ws[batch:batch + inputs], ws[batch + inputs:]
+    middle = "".join(c for c in xs if c not in summed) + "".join(c for c in lead if c not in xs) + "R"
+    return f"{xs},{lead}{summed}R->{middle}", f"{middle},{lead}R{made}->{out}"
+
+
+def dense(weight: Any) -> jax.Array:
+    """The plain array a leaf stands for (for saving, merging and tests)."""
+    if isinstance(weight, Lora):
+        batch = weight.a.ndim + weight.b.ndim - 2 - weight.ndim
+        w = dense(weight.w)
+        lead, rank = weight.a.shape[:batch], weight.a.shape[-1]
+        a = weight.a.reshape(*lead, -1, rank).astype(jnp.float32)
+        b = weight.b.reshape(*lead, rank, -1).astype(jnp.float32)
+        return (w + (weight.alpha / rank * (a @ b)).reshape(w.shape)).astype(w.dtype)
+    if isinstance(weight, Int8):
+        return weight.q.astype(weight.scale.dtype) * weight.scale
+    if isinstance(weight, Transposed):
+        return weight.w.transpose([weight.order.index(i) for i in range(weight.w.ndim)])
+    return weight
+
+
+def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of an embedding table of any leaf kind. table [V, D], ids [...] int32 -> [..., D] in `dtype`."""
+    if isinstance(table, Lora):
+        low = take(table.a, ids, dtype) @ table.b.astype(dtype)
+        return take(table.w, ids, dtype) + jnp.asarray(table.alpha / table.a.shape[-1], dtype) * low
+    if isinstance(table, Int8):
+        scale = table.scale if table.scale.shape[0] == 1 else table.scale[ids]
+        return table.q[ids].astype(dtype) * scale.reshape(scale.shape[-1] if table.scale.shape[0] == 1 else scale.shape).astype(dtype)
+    if isinstance(table, Transposed):
+        return (table.w[:, ids].transpose([*range(1, ids.ndim + 1), 0]) if table.order == (1, 0) else table.w[ids]).astype(dtype)
+    return table[ids].astype(dtype)
+
+
+def quantize_int8(w: jax.Array, contracted: tuple[int, ...]) -> Int8:
+    """Symmetric rounding to [-127, 127] with one scale per output channel (the largest magnitude over the contracted dimensions)."""
+    largest = jnp.max(jnp.abs(w.astype(jnp.float32)), axis=contracted, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127.0
+    return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
+
+
+def add_lora(key: jax.Array, w: Any, inputs: tuple[int, ...], outputs: tuple[int, ...], rank: int, alpha: float | None = None) -> Lora:
+    """A LoRA leaf around w that changes nothing yet: a ~ N(0, 1/fan_in), b = 0. `inputs` and `outputs` are dimension numbers (see Label.dims)."""
+    lead = w.shape[:min(inputs)]
+    ins, outs = (tuple(w.shape[i] for i in dims) for dims in (inputs, outputs))
+    a = jax.random.normal(key, (*lead, *ins, rank), jnp.float32) / math.sqrt(math.prod(ins))
+    return Lora(w, a, jnp.zeros((*lead, rank, *outs), jnp.float32), float(rank if alpha is None else alpha))

@@ -1,0 +1,179 @@
+"""Where arrays lie: the device mesh, the ordered rules from logical axes to mesh axes, and what both make of a tree of labels.
+
+Mesh axes: data fsdp tensor sequence expert stage. Logical axes are the words of the labels, and `batch` and `length` for activations.
+"""
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llmjax.core.errors import ConfigError, ShardingError, nearest
+from llmjax.core.labels import Label
+from llmjax.core.tree import flatten, map_named
+
+MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")      # outermost first: neighbours on the last axes talk most
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+RULES: Rules = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("length", "sequence"),
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("expert", "expert"),
+    ("layer", None),
+    ("head_dim", None),
+    ("norm", None),
+    ("router", None),
+    ("position", None),
+)
+
+
+@dc.dataclass(frozen=True)
+class Layout:
+    """The mesh's axis sizes (at most one None: as many as there are devices left) and the ordered rules; the first rule that names a logical axis decides."""
+    data: int | None = None
+    fsdp: int | None = 1
+    tensor: int | None = 1
+    sequence: int | None = 1
+    expert: int | None = 1
+    stage: int | None = 1
+    rules: Rules = RULES
+
+    def __post_init__(self):
+        check_rules(self.rules)
+        for axis in ("sequence", "stage"):
+            if getattr(self, axis) not in (1, None):
+                raise ConfigError(f"layout.{axis}={getattr(self, axis)}: parallelism over {axis!r} is not part of this version; use data, fsdp, tensor or expert")
+
+    def sizes(self) -> dict[str, int | None]:
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+
+def check_rules(rules: Rules) -> None:
+    """Raises ConfigError for a rule whose logical axis nothing has or whose mesh axis does not exist."""
+    known = [name for name, _ in RULES]
+    for name, axes in rules:
+        if name not in known:
+            raise ConfigError(f"layout.rules: no weight or activation has the axis {name!r}" + nearest(name, known))
+        for axis in mesh_axes(axes):
+            if axis not in MESH_AXES:
+                raise ConfigError(f"layout.rules: {name!r} is laid on the mesh axis {axis!r}, which does not exist" + nearest(axis, MESH_AXES))
+
+
+def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, sequence: int | None = 1, expert: int | None = 1, stage: int | None = 1, *,
+              devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices (or of those given) with six named axes; one axis that is None takes the devices the others leave. Raises ShardingError."""
+    sizes = dict(stage=stage, data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+    devices = list(jax.devices() if devices is None else devices)
+    wrong = [f"{k}={v!r}" for k, v in sizes.items() if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]
+    if wrong:
+        raise ShardingError(f"mesh: {', '.join(wrong)}: sizes are whole numbers from 1, or None for 'what is left'")
+    unknown = [k for k, v in sizes.items() if v is None]
+    if len(unknown) > 1:
+        raise ShardingError(f"mesh: {' and '.join(unknown)} are both None; at most one axis can be inferred")
+    product = math.prod(v for v in sizes.values() if v is not None)
+    given = " × ".join(f"{k}={v}" for k, v in sizes.items() if v not in (None, 1)) or "all axes 1"
+    if len(devices) % product or (not unknown and product != len(devices)):
+        raise ShardingError(f"mesh: {given} needs {'a multiple of ' if unknown else ''}{product} devices, there are {len(devices)}; change an axis, or start with more devices")
+    if unknown:
+        sizes[unknown[0]] = len(devices) // product
+    shape = [sizes[axis] for axis in MESH_AXES]
+    types = (AxisType.Auto,) * len(shape)
+    if devices == list(jax.devices()):
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+
+
+def from_layout(layout: Layout, devices: Sequence[Any] | None = None) -> Mesh:
+    return make_mesh(**layout.sizes(), devices=devices)
+
+
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules, name: str) -> PartitionSpec:
+    """The PartitionSpec of one array: each dimension's rule, left to right; a mesh axis serves one dimension. Raises ShardingError naming parameter, dimension, axis and a fix."""
+    spec: list[Any] = []
+    used: set[str] = set()
+    table = {}
+    for rule, target in rules:
+        table.setdefault(rule, target)
+    for dim, (axis, length) in enumerate(zip(axes, shape)):
+        if axis is None:
+            spec.append(None)
+            continue
+        if axis not in table:
+            raise ShardingError(f"{name}: no rule lays the axis {axis!r}; add ({axis!r}, None) to layout.rules")
+        chosen = tuple(a for a in mesh_axes(table[axis]) if mesh.shape[a] > 1 and a not in used)
+        parts = math.prod(mesh.shape[a] for a in chosen)
+        if length % parts:
+            raise ShardingError(f"{name}: dimension {dim} ({axis}, length {length}) does not divide over {' × '.join(f'{a}={mesh.shape[a]}' for a in chosen)}; "
+                                f"choose a divisor of {length}, or replace the rule by ({axis!r}, None)")
+        used.update(chosen)
+        spec.append(None if not chosen else chosen[0] if len(chosen) == 1 else chosen)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def shardings(labels: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A NamedSharding per weight. labels: tree of Label; shapes: the same tree with `.shape` leaves. Raises ShardingError, also when a mesh axis serves no weight."""
+    out = map_named(lambda name, x, label: NamedSharding(mesh, partition(label.axes, x.shape, mesh, rules, name)), shapes, labels)
+    used = {a for s in jax.tree.leaves(out) for entry in s.spec for a in mesh_axes(entry)}
+    for axis in ("fsdp", "tensor", "expert"):
+        if mesh.shape[axis] > 1 and axis not in used:
+            raise ShardingError(f"layout.{axis}={mesh.shape[axis]}: no weight of this model has an axis laid on {axis!r}; set layout.{axis}=1 and use data or fsdp")
+    return out
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2, rules: Rules = RULES, lead: int = 0) -> NamedSharding:
+    """How a batch array [.., B, T] lies: B over the axes of the rule for `batch`, after `lead` unsharded dimensions."""
+    axes = dict(reversed(rules))
+    batch = tuple(a for a in mesh_axes(axes["batch"]) if mesh.shape[a] > 1)
+    length = tuple(a for a in mesh_axes(axes["length"]) if mesh.shape[a] > 1)
+    spec = [None] * lead + [batch or None] + ([length or None] if ndim > lead + 1 else [])
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
+    """Over how many parts the batch dimension is divided."""
+    return math.prod(mesh.shape[a] for a in mesh_axes(dict(reversed(rules))["batch"]))
+
+
+def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:
+    """Pins an activation's layout on the ambient mesh (`jax.set_mesh`); without a mesh, or on one device, x itself: nothing enters the program.
+
+    axes: a word per dimension, "." for a dimension that is not divided: "batch length ."
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    names = [None if word == "." else word for word in axes.split()]
+    table = dict(reversed(rules))
+    spec = []
+    for name, length in zip(names, x.shape, strict=True):
+        chosen = tuple(a for a in mesh_axes(table[name] if name else None) if mesh.shape[a] > 1)
+        spec.append(chosen if chosen and length % math.prod(mesh.shape[a] for a in chosen) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def explain_sharding(labels: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> str:
+    """A table, one line per weight: name, label, shape, which mesh axis divides which dimension, and the shape one device holds."""
+    placed = flatten(shardings(labels, shapes, mesh, rules))
+    rows = [("weight", "label", "shape", "laid on", "per device")]
+    names: dict[str, Label] = flatten(labels)
+    for name, x in flatten(shapes).items():
+        sharding = placed[name]
+        laid = " ".join("-" if e is None else "+".join(mesh_axes(e)) for e in (*sharding.spec, *[None] * (len(x.shape) - len(sharding.spec))))
+        rows.append((name, str(names[name]), "×".join(map(str, x.shape)), laid, "×".join(map(str, sharding.shard_shape(x.shape)))))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
