@@ -121,14 +121,14 @@ def aligned(x: jax.Array, letters: str, target: str) -> jax.Array:
 
 @functools.cache
 def lora_equations(equation: str, a_ndim: int, b_ndim: int, w_ndim: int) -> tuple[str, str]:
-    """"btd,dnh->btnh" -> ("btd,dR->btR", "btR,Rnh->btnh"); batch axes of the weight go through both."""
+    """"btd,dnh->btnh" -> ("btd,dz->btz", "btz,znh->btnh"); batch axes of the weight go through both."""
     left, out = equation.split("->")
     xs, ws = left.split(",")
     batch = a_ndim + b_ndim - 2 - w_ndim
     inputs = a_ndim - 1 - batch
     lead, summed, made = ws[:batch], ws[batch:batch + inputs], ws[batch + inputs:]
-    middle = "".join(c for c in xs if c not in summed) + "".join(c for c in lead if c not in xs) + "R"
-    return f"{xs},{lead}{summed}R->{middle}", f"{middle},{lead}R{made}->{out}"
+    middle = "".join(c for c in xs if c not in summed) + "".join(c for c in lead if c not in xs) + "z"
+    return f"{xs},{lead}{summed}z->{middle}", f"{middle},{lead}z{made}->{out}"
 
 
 def dense(weight: Any) -> jax.Array:

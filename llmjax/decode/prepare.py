@@ -1,0 +1,89 @@
+"""Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU every matrix stored [out, in], the order a matrix-vector product reads.
+
+Training keeps layers stacked for `nn.scan`; slicing a stack inside the token loop would copy every weight every token.
+"""
+from __future__ import annotations
+
+import dataclasses as dc
+import weakref
+from typing import Any
+
+import jax
+
+from llmjax.core import Label, Transposed, platform, unrolled
+from llmjax.core.leaves import is_leaf
+from llmjax.core.model_config import ModelConfig
+from llmjax.models import Decoder, labels
+
+
+def unstack(config: ModelConfig, params: dict) -> dict:
+    """A tree with a scanned cycle as the tree of `unrolled(config)`: "prefix_0", "prefix_1", … in the model's order."""
+    if not config.cycle:
+        return params
+    n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
+    new = {k: v for k, v in params.items() if k != "cycle" and not k.startswith("suffix_")}
+    for i in range(repeats):
+        for j in range(n):
+            new[f"prefix_{before + i * n + j}"] = jax.tree.map(lambda x: x[i], params["cycle"][str(j)])
+    for i in range(len(config.suffix)):
+        new[f"prefix_{before + repeats * n + i}"] = params[f"suffix_{i}"]
+    return new
+
+
+def stack(config: ModelConfig, params: dict) -> dict:
+    """The inverse of `unstack` for the scanned `config`."""
+    if not config.cycle:
+        return params
+    n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
+    names = {f"prefix_{i}" for i in range(before, len(config.layers))}
+    new = {k: v for k, v in params.items() if k not in names}
+    new["cycle"] = {str(j): jax.tree.map(lambda *xs: jax.numpy.stack(xs), *[params[f"prefix_{before + i * n + j}"] for i in range(repeats)]) for j in range(n)}
+    for i in range(len(config.suffix)):
+        new[f"suffix_{i}"] = params[f"prefix_{before + repeats * n + i}"]
+    return new
+
+
+def output_first(label: Label, w: Any) -> Any:
+    """A matrix as a Transposed leaf with its produced dimensions before the contracted ones; everything else as it is. An embedding is already stored so for the head."""
+    if is_leaf(w) or not label.is_matrix or label.batch or label.inputs in (("vocab",), ("position",)):
+        return w
+    order = label.dims("outputs") + label.dims("inputs")
+    return Transposed(w.transpose(order), order)
+
+
+def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
+    """(model, params) -> the same model with each layer apart and weights as the platform contracts them fastest; logits stay equal. Costs one copy of the layers."""
+    apart = dc.replace(model, config=unrolled(model.config), compute=dc.replace(model.compute, remat=None))
+
+    def convert(params):
+        loose = unstack(model.config, params)
+        if platform() != "cpu" or jax.device_count() > 1:
+            return loose
+        return jax.tree.map(output_first, labels(apart), loose, is_leaf=lambda x: isinstance(x, Label) or is_leaf(x))
+    if not model.config.cycle and any(isinstance(x, Transposed) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
+        return apart, params
+    return apart, jax.jit(convert)(params)
+
+
+class Memo:
+    """The last thing `prepare` made, kept while the weights it was made from live, so that calling `generate` in a loop converts once."""
+
+    def __init__(self):
+        self.sources: list[weakref.ref] = []
+        self.model: Decoder | None = None
+        self.result: tuple[Decoder, Any] | None = None
+
+    def __call__(self, model: Decoder, params: Any) -> tuple[Decoder, Any]:
+        leaves = jax.tree.leaves(params)
+        same = self.result is not None and self.model == model and len(leaves) == len(self.sources) and all(r() is x for r, x in zip(self.sources, leaves))
+        if not same:
+            self.result = None
+            self.result = prepare(model, params)
+            self.model, self.sources = model, [weakref.ref(x, self.forget) for x in leaves]
+        return self.result                # type: ignore[return-value]
+
+    def forget(self, _ref: Any) -> None:
+        self.result, self.sources = None, []
+
+
+prepared = Memo()

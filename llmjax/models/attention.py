@@ -1,0 +1,74 @@
+"""Attention with one head count for queries and a smaller or equal one for keys and values (MHA, GQA, MQA).
+
+Legend: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D embed.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core import Compute, Layout, constrain, dot, platform
+from llmjax.core.model_config import Attention, Norm
+from llmjax.kernels import attention as kernel
+from llmjax.models.cache import KeyValue, Plan, remember
+from llmjax.models.context import Context
+from llmjax.models.module import Module, compact, vector, weight
+from llmjax.models.norms import Normalize
+
+
+class MultiHeadAttention(Module):
+    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    spec: Attention
+    norm: Norm
+    compute: Compute
+    layout: Layout
+
+    @compact
+    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+        a, (D, N, K, H) = self.spec, (x.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
+        q = dot("btd,dnh->btnh", x, weight(self, "q", "embed -> heads head_dim", (D, N, H)))
+        k = dot("btd,dkh->btkh", x, weight(self, "k", "embed -> kv_heads head_dim", (D, K, H)))
+        v = dot("btd,dkh->btkh", x, weight(self, "v", "embed -> kv_heads head_dim", (D, K, H)))
+        if a.qkv_bias:
+            q = q + vector(self, "q_bias", "heads head_dim", (N, H)).astype(q.dtype)
+            k = k + vector(self, "k_bias", "kv_heads head_dim", (K, H)).astype(k.dtype)
+            v = v + vector(self, "v_bias", "kv_heads head_dim", (K, H)).astype(v.dtype)
+        if a.qk_norm:
+            q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
+        q, k = context.rotate(q, a.rope), context.rotate(k, a.rope)
+        q, k, v = (constrain(y, f"batch length {heads} .", self.layout.rules) for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
+        sinks = vector(self, "sinks", "heads", (N,)) if a.sinks else None
+        with jax.named_scope("attend"):
+            y, stored = self.attend(q, k, v, sinks, context, stored)
+        y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (N, H, D)))
+        if a.out_bias:
+            y = y + vector(self, "o_bias", "norm", (D,)).astype(y.dtype)
+        return y, stored
+
+    def normalized(self, name: str, x: jax.Array) -> jax.Array:
+        norm = Normalize(self.spec.qk_norm.norm, self.compute, name=name)
+        return norm(x) if self.spec.qk_norm.over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+    def attend(self, q, k, v, sinks, context: Context, stored: KeyValue | None):
+        """What the queries may look at: this call's own keys, or those of the cache, or (a ring that this call would overwrite) both."""
+        a = self.spec
+        numbers = dict(causal=a.causal, window=a.window, softcap=a.softcap, scale=a.head_dim ** -0.5 if a.scale is None else a.scale, sinks=sinks)
+        mine = dict(query_positions=context.positions, query_segments=context.segments)
+        place: Plan | None = None
+        if stored is not None:
+            place = context.plans[stored.k.shape[1]]
+            old, stored = stored, remember(stored, k, v, place)
+        if place is None or (context.empty and q.shape[1] > 1):
+            seen = (k, v, context.positions, context.segments)
+        elif q.shape[1] == 1 or not a.window or old.k.shape[1] > a.window:
+            seen = (stored.k, stored.v, place.after.positions, place.after.segments)
+        else:
+            segments = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None else context.segments
+            pairs = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
+            seen = tuple(jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
+        alone = seen[0] is k
+        if not alone and mine["query_segments"] is None:
+            mine["query_segments"] = jnp.ones(q.shape[:2], jnp.int32)
+        y = kernel.attention(q, seen[0], seen[1], **mine, key_positions=seen[2], key_segments=seen[3], in_order=alone, **numbers,
+                             implementation=self.compute.attention, platform=platform())
+        return y, stored

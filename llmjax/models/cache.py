@@ -1,0 +1,102 @@
+"""What a model remembers between calls: keys and values of each layer, and which token stands in which slot.
+
+The cache is a pytree that goes in and comes out. A layer without a window has one slot per position; a layer with a window has a ring of `window` slots. Which token a
+slot holds is kept once per size (`Slots`), not once per layer. Attention sees two functions: `plan` (once per call and size) and `remember` (once per layer).
+
+Legend: B batch, T tokens of this call, S slots, K key/value heads, H head dim.
+"""
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from llmjax.core.model_config import Attention, ModelConfig
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Slots:
+    """positions, segments [B, S] int32; segment 0 is an empty slot."""
+    positions: jax.Array
+    segments: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class KeyValue:
+    """k, v [B, S, K, H]; with a leading [repeats] axis in a scanned cycle."""
+    k: jax.Array
+    v: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Cache:
+    """layers: {"prefix": (KeyValue, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself alone."""
+    layers: dict[str, tuple[KeyValue, ...]]
+    slots: dict[int, Slots]
+    empty: bool = dc.field(default=False, metadata=dict(static=True))
+
+    @property
+    def length(self) -> int:
+        """How many positions fit."""
+        return max(self.slots)
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Plan:
+    """Where this call's tokens go: `index` [B, T] int32 (S: nowhere), the slots before and after."""
+    index: jax.Array
+    before: Slots
+    after: Slots
+
+
+def slots_of(mixer: Attention, length: int) -> int:
+    return min(length, mixer.window) if mixer.window else length
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """An empty cache for `length` positions of `batch` rows."""
+    def one(layer, *lead):
+        shape = (*lead, batch, slots_of(layer.mixer, length), layer.mixer.kv_heads, layer.mixer.head_dim)
+        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    layers = {"prefix": tuple(one(x) for x in config.prefix), "cycle": tuple(one(x, config.repeats) for x in config.cycle), "suffix": tuple(one(x) for x in config.suffix)}
+    sizes = sorted({slots_of(x.mixer, length) for x in config.layers} | {length})
+    return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sizes}, empty=True)
+
+
+def next_positions(cache: Cache, shape: tuple[int, int]) -> jax.Array:
+    """The positions that continue what each row holds. -> [B, T]"""
+    slots = cache.slots[cache.length]
+    start = jnp.max(jnp.where(slots.segments > 0, slots.positions + 1, 0), -1)
+    return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
+
+
+def plan(slots: Slots, positions: jax.Array, segments: jax.Array) -> Plan:
+    """positions, segments [B, T] of the new tokens. A position goes to slot position mod S; padding and what a ring would overwrite at once go nowhere."""
+    size = slots.positions.shape[1]
+    used = segments > 0
+    newest = jnp.max(jnp.where(used, positions, -1), -1, keepdims=True)
+    index = jnp.where(used & (positions > newest - size), positions % size, size)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    after = Slots(slots.positions.at[rows, index].set(positions, mode="drop"), slots.segments.at[rows, index].set(segments, mode="drop"))
+    return Plan(index, slots, after)
+
+
+def remember(stored: KeyValue, k: jax.Array, v: jax.Array, where: Plan) -> KeyValue:
+    """The layer's keys and values with this call's k, v [B, T, K, H] written."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    if k.shape[:2] == (1, 1):          # one token of one row: a slice update, which every backend does in place
+        slot = where.index[0, 0]
+        at = (0, jnp.minimum(slot, stored.k.shape[1] - 1), 0, 0)
+
+        def put(old, new):
+            new = jnp.where(slot < old.shape[1], new.astype(old.dtype), jax.lax.dynamic_slice(old, at, new.shape))
+            return jax.lax.dynamic_update_slice(old, new, at)
+        return KeyValue(put(stored.k, k), put(stored.v, v))
+    return KeyValue(*(old.at[rows, where.index].set(new.astype(old.dtype), mode="drop") for old, new in ((stored.k, k), (stored.v, v))))

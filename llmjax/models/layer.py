@@ -1,0 +1,98 @@
+"""A layer: a mixer and a feed-forward joined by a wiring, which says where norms and residual sums stand.
+
+A new kind of mixer or feed-forward is a dataclass in core/model_config.py, a module here in `models/`, and a row of the tables below.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from llmjax.core import Compute, Layout, constrain
+from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, Norm
+from llmjax.models.attention import MultiHeadAttention
+from llmjax.models.cache import KeyValue
+from llmjax.models.context import Context
+from llmjax.models.feed_forward import MultiLayerPerceptron
+from llmjax.models.mixture_of_experts import Experts
+from llmjax.models.module import Module, compact
+from llmjax.models.norms import Normalize
+
+MIXERS = {Attention: MultiHeadAttention}
+FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
+
+Sub = Callable[[jax.Array], jax.Array]
+
+
+# Wirings: (x, mix, feed, norm, s) -> x, where norm(name) makes a norm and s scales what is added to the residual stream.
+
+def pre(x, mix: Sub, feed: Sub, norm, s):
+    """GPT-2, Llama."""
+    x = x + s * mix(norm("norm_mixer")(x))
+    return x + s * feed(norm("norm_ffn")(x))
+
+
+def post(x, mix: Sub, feed: Sub, norm, s):
+    """OLMo 2: the norms on what is added."""
+    x = x + s * norm("norm_mixer_out")(mix(x))
+    return x + s * norm("norm_ffn_out")(feed(x))
+
+
+def sandwich(x, mix: Sub, feed: Sub, norm, s):
+    """Gemma 2 and 3: before and after."""
+    x = x + s * norm("norm_mixer_out")(mix(norm("norm_mixer")(x)))
+    return x + s * norm("norm_ffn_out")(feed(norm("norm_ffn")(x)))
+
+
+def parallel(x, mix: Sub, feed: Sub, norm, s):
+    """GPT-J, Falcon 7B, Phi-2, Command-R."""
+    h = norm("norm_mixer")(x)
+    return x + s * (mix(h) + feed(h))
+
+
+def parallel_two_norms(x, mix: Sub, feed: Sub, norm, s):
+    """GPT-NeoX, Falcon 40B."""
+    return x + s * (mix(norm("norm_mixer")(x)) + feed(norm("norm_ffn")(x)))
+
+
+WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel, "parallel_two_norms": parallel_two_norms}
+
+
+class Block(Module):
+    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    layer: Layer
+    norm: Norm
+    compute: Compute
+    layout: Layout
+
+    @compact
+    def __call__(self, x: jax.Array, stored: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
+        layer, box = self.layer, [stored]
+
+        def mix(h):
+            with jax.named_scope("mixer"):
+                y, box[0] = MIXERS[type(layer.mixer)](layer.mixer, self.norm, self.compute, self.layout, name="mixer")(h, context, box[0])
+            return y
+
+        def feed(h):
+            with jax.named_scope("ffn"):
+                ffn = FEED_FORWARDS[type(layer.ffn)](layer.ffn, self.compute, self.layout, name="ffn")
+                return ffn(h, context.segments) if isinstance(layer.ffn, MixtureOfExperts) else ffn(h)
+        x = WIRINGS[layer.wiring](x, mix, feed, lambda name: Normalize(self.norm, self.compute, name=name), layer.residual_scale)
+        return constrain(x, "batch length .", self.layout.rules), box[0]
+
+
+class Cycle(Module):
+    """One trip through the repeated unit; its layers are named "0", "1", …"""
+    layers: tuple[Layer, ...]
+    norm: Norm
+    compute: Compute
+    layout: Layout
+
+    @compact
+    def __call__(self, x: jax.Array, stored: tuple[KeyValue, ...] | None, context: Context):
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, kept = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)
+            new.append(kept)
+        return x, None if stored is None else tuple(new)

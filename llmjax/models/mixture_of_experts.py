@@ -1,0 +1,63 @@
+"""Mixture of experts: a router, tokens sorted by expert, one grouped product per matrix, nothing dropped.
+
+Legend: B batch, T length, M = B·T tokens, D embed, E experts, F expert hidden, k experts per token.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core import Compute, Layout, dense, dot, platform
+from llmjax.core.model_config import MixtureOfExperts, Mlp
+from llmjax.kernels import grouped_matmul
+from llmjax.models.feed_forward import ACTIVATIONS, MultiLayerPerceptron
+from llmjax.models.module import Module, compact, weight
+
+
+class Experts(Module):
+    """x [B, T, D] -> [B, T, D]. Sows into `aux`: balance_loss, router_z_loss (scalars) and expert_share [E] (how the choices fell; uniform is 1/E)."""
+    spec: MixtureOfExperts
+    compute: Compute
+    layout: Layout
+
+    @compact
+    def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+        m, (B, T, D), E, F = self.spec, x.shape, self.spec.experts, self.spec.hidden
+        logits = dot("btd,de->bte", x, weight(self, "router", "embed -> router", (D, E)), out_dtype=jnp.float32).reshape(-1, E)
+        probabilities = jax.nn.softmax(logits, -1)
+        gates, chosen = jax.lax.top_k(probabilities, m.top_k)                       # [M, k]
+        self.report(logits, probabilities, chosen, segments)
+        if m.renormalize:
+            gates = gates / gates.sum(-1, keepdims=True)
+        gates = gates * m.scale
+
+        order = jnp.argsort(chosen.reshape(-1))                                     # choices sorted by expert [M·k]
+        sizes = jnp.bincount(chosen.reshape(-1), length=E)
+        rows = x.reshape(-1, D)[order // m.top_k]
+        product = grouped_matmul.choose(self.compute.experts, platform())
+        up, gate = (dense(weight(self, name, "expert | embed -> mlp", (E, D, F))) for name in ("up", "gate"))
+        down = dense(weight(self, "down", "expert | mlp -> embed", (E, F, D)))
+        with jax.named_scope("experts"):
+            h = ACTIVATIONS[m.activation](product(rows, gate, sizes)) * product(rows, up, sizes)
+            y = product(h, down, sizes)
+        back = jnp.argsort(order)
+        y = jnp.einsum("mkd,mk->md", y[back].reshape(-1, m.top_k, D).astype(jnp.float32), gates).astype(x.dtype).reshape(B, T, D)
+        if m.shared is not None:
+            shared = MultiLayerPerceptron(Mlp(m.shared, m.activation), self.compute, self.layout, name="shared")(x)
+            if m.shared_gate:
+                shared = shared * jax.nn.sigmoid(dot("btd,dr->btr", x, weight(self, "shared_gate", "embed -> router", (D, 1)), out_dtype=jnp.float32)).astype(x.dtype)
+            y = y + shared
+        return y
+
+    def report(self, logits, probabilities, chosen, segments) -> None:
+        """Load balance as in Switch Transformers (Fedus et al. 2021, eq. 4 to 6; with k choices a token a uniform router gives k) and the router z-loss of ST-MoE
+        (Zoph et al. 2022, eq. 5), means over the tokens that are not padding."""
+        if not self.is_mutable_collection("aux"):
+            return
+        used = jnp.ones(len(logits), jnp.float32) if segments is None else (jnp.broadcast_to(segments, (len(logits) // segments.shape[-1], segments.shape[-1])) > 0).reshape(-1).astype(jnp.float32)
+        count = jnp.maximum(used.sum(), 1.0)
+        share = jnp.einsum("mke,m->e", jax.nn.one_hot(chosen, self.spec.experts), used) / count
+        mean = jnp.einsum("me,m->e", probabilities, used) / count
+        self.sow("aux", "balance_loss", self.spec.experts * jnp.sum(share * mean))
+        self.sow("aux", "router_z_loss", jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * used) / count)
+        self.sow("aux", "expert_share", share / self.spec.top_k)

@@ -1,0 +1,81 @@
+"""Rotary positions: frequencies of each scaling, tables of sines and cosines, the rotation. Formulas as in transformers' modeling_rope_utils (the reference of the tests).
+
+Legend: B batch, T query length, N heads, H head dim.
+"""
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
+
+
+def rotary_dims(rope: Rope, head_dim: int) -> int:
+    return int(head_dim * rope.fraction)
+
+
+def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> tuple[jax.Array, float]:
+    """-> (radians per position, [d/2] float32 or [B, 1, d/2] where they depend on the sequence; factor on sines and cosines). `length` [B]: tokens of each row, for DynamicNtk."""
+    d = rotary_dims(rope, head_dim)
+    exponents = np.arange(0, d, 2, dtype=np.float32) / d
+    plain = 1.0 / rope.theta ** exponents.astype(np.float64)
+    match rope.scaling:
+        case None:
+            return jnp.asarray(plain, jnp.float32), 1.0
+        case LinearScaling(factor):
+            return jnp.asarray(plain / factor, jnp.float32), 1.0
+        case DynamicNtk(factor, context):
+            longest = jnp.maximum(length.astype(jnp.float32), context)
+            theta = rope.theta * (factor * longest / context - (factor - 1)) ** (d / (d - 2))
+            return (1.0 / theta[:, None] ** exponents[None])[:, None], 1.0
+        case Llama3Scaling(factor, low_factor, high_factor, context):
+            wavelength = 2 * math.pi / plain
+            smooth = np.clip((context / wavelength - low_factor) / (high_factor - low_factor), 0.0, 1.0)
+            return jnp.asarray((1 - smooth) * plain / factor + smooth * plain, jnp.float32), 1.0
+        case Yarn() as yarn:
+            return yarn_frequencies(rope.theta, plain, d, yarn)
+    raise TypeError(f"rope scaling {rope.scaling!r}")
+
+
+def yarn_frequencies(theta: float, plain: np.ndarray, d: int, yarn: Yarn) -> tuple[jax.Array, float]:
+    """NTK-by-parts (arXiv:2309.00071, eq. 17 to 23): dimensions that turn more than beta_fast times within the context stay, those below beta_slow are interpolated."""
+    def dimension(turns):
+        return d * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = np.clip((np.arange(d // 2) - low) / max(high - low, 1e-3), 0, 1)
+    mixed = plain / yarn.factor * ramp + plain * (1 - ramp)
+
+    def temperature(m):
+        return 1.0 if yarn.factor <= 1 else 0.1 * m * math.log(yarn.factor) + 1.0
+    factor = yarn.attention_factor
+    if factor is None:
+        factor = temperature(yarn.mscale) / temperature(yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else temperature(1.0)
+    return jnp.asarray(mixed, jnp.float32), factor
+
+
+def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sines and cosines [B, T, 1, d/2] float32 for positions [B, T] int32."""
+    radians, factor = frequencies(rope, head_dim, positions.max(-1) + 1)
+    angles = positions[..., None].astype(jnp.float32) * radians
+    return (jnp.sin(angles) * factor)[:, :, None], (jnp.cos(angles) * factor)[:, :, None]
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], rope: Rope) -> jax.Array:
+    """x [B, T, N, H] with its first d dimensions turned; in float32, result in x's dtype."""
+    sin, cos = table
+    half = sin.shape[-1]
+    turned, rest = x[..., :2 * half].astype(jnp.float32), x[..., 2 * half:]
+    if rope.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    y = y.astype(x.dtype)
+    return jnp.concatenate([y, rest], -1) if rest.shape[-1] else y

@@ -1,0 +1,67 @@
+"""Optimisers from their configurations; the labels decide what decays and what Muon takes."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from llmjax.core import Adafactor, AdamW, Constant, Label, Linear, Lion, Muon, WarmupCosine, WarmupStableDecay
+from llmjax.core.run_config import Optimizer, Schedule, in_steps
+
+LOOKUPS = {"vocab", "position"}        # axes of tables and heads, which Muon leaves to Adam
+
+
+def make_schedule(schedule: Schedule, peak: float, total: int, steps_per_epoch: int | None = None) -> optax.Schedule:
+    """step -> learning rate; step 0 of a warm-up of n steps already takes peak / n."""
+    warmup = in_steps(schedule.warmup, total, steps_per_epoch, "schedule.warmup")
+    match schedule:
+        case Constant():
+            after, cut = optax.constant_schedule(peak), None
+        case WarmupCosine():
+            after, cut = optax.cosine_decay_schedule(peak, max(total - warmup, 1), schedule.final), None
+        case Linear():
+            after, cut = optax.linear_schedule(peak, peak * schedule.final, max(total - warmup, 1)), None
+        case WarmupStableDecay():
+            decay = in_steps(schedule.decay, total, steps_per_epoch, "schedule.decay")
+            after, cut = optax.constant_schedule(peak), (total - decay, optax.linear_schedule(peak, peak * schedule.final, max(decay, 1)))
+    parts, borders = [after], []
+    if warmup:
+        parts, borders = [optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup]
+    if cut:
+        parts, borders = [*parts, cut[1]], [*borders, max(cut[0], warmup)]
+    return optax.join_schedules(parts, borders) if borders else after
+
+
+def decays(labels: Any) -> Any:
+    """True for each weight that decays: matrices. Scales, biases and other vectors do not."""
+    return jax.tree.map(lambda label: label.is_matrix, labels, is_leaf=lambda x: isinstance(x, Label))
+
+
+def muon_dimensions(labels: Any) -> Any:
+    """Which dimensions Muon sees as a matrix's rows and columns; None for what Adam takes."""
+    def one(label: Label):
+        if not label.is_matrix or LOOKUPS & set(label.axes):
+            return None
+        return contrib.MuonDimensionNumbers(reduction_axis=label.dims("inputs"), output_axis=label.dims("outputs"))
+    return jax.tree.map(one, labels, is_leaf=lambda x: isinstance(x, Label))
+
+
+def make_optimizer(config: Optimizer, learning_rate: Callable | float, labels: Any) -> optax.GradientTransformation:
+    """An optax transformation: clipping by the global norm, then the update rule with decay on matrices alone."""
+    mask = decays(labels)
+    match config:
+        case AdamW():
+            rule = optax.adamw(learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
+        case Lion():
+            rule = optax.lion(learning_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask)
+        case Adafactor():
+            rule = optax.adafactor(learning_rate, decay_rate=config.decay_rate, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, weight_decay_mask=mask)
+        case Muon():
+            ratio = config.adam.learning_rate / config.learning_rate
+            adam_rate = (lambda step: learning_rate(step) * ratio) if callable(learning_rate) else learning_rate * ratio
+            rule = contrib.muon(learning_rate, ns_steps=config.iterations, beta=config.momentum, weight_decay=config.weight_decay, weight_decay_mask=mask, adam_b1=config.adam.b1,
+                                adam_b2=config.adam.b2, adam_weight_decay=config.adam.weight_decay, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=muon_dimensions(labels))
+    return rule if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), rule)
