@@ -1,0 +1,47 @@
+"""Gemma 3, the text model: Gemma 2's block with a norm on queries and keys; five sliding layers with their own rotary base to one that sees all.
+
+Of a checkpoint with pictures (model_type "gemma3") the text model is read; the vision tower and the projector are left out.
+"""
+from dataclasses import replace
+
+from llmjax.checkpoint.families import base
+from llmjax.checkpoint.families.gemma2 import write_gemma
+from llmjax.checkpoint.fields import Fields, read_rope, write_rope
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, QKNorm, Rope
+
+
+def read(f: Fields) -> ModelConfig:
+    if "text_config" in f.values:
+        outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
+        text = Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
+        f.ignore(*f.values)                     # what stands beside text_config is about pictures
+        config = read(text)
+        text.finish()
+        return config
+    dim, heads, context, size = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 131_072), f.count("head_dim", 256)
+    norm, biased = Norm(eps=f.number("rms_norm_eps", 1e-6), offset=1.0), f.flag("attention_bias")
+    cap, final = f.optional("attn_logit_softcapping", None), f.optional("final_logit_softcapping", None)
+    f.ignore("hidden_act", "_sliding_window_pattern")     # the one beside hidden_activation is not used; the other is what layer_types was made of
+    every = f.count("sliding_window_pattern", 6)
+    windows = base.layer_windows(f, f.count("num_hidden_layers"), f.value("sliding_window", 4096) and f.count("sliding_window", 4096), lambda i: bool((i + 1) % every))
+    far = read_rope(f, 1_000_000.0, context, "full_attention")
+    near = read_rope(f, 10_000.0, context, "sliding_attention", ("rope_local_base_freq", ""))
+    mixer = Attention(heads, base.kv_heads(f, heads, 4), size, qkv_bias=biased, out_bias=biased, qk_norm=QKNorm(norm),
+                      scale=base.scale_of(f.number("query_pre_attn_scalar", 256) ** -0.5, size), softcap=cap and float(cap))
+    ffn = Mlp(f.count("intermediate_size"), f.activation("hidden_activation", "gelu_pytorch_tanh"))
+    layers = [Layer(replace(mixer, window=window, rope=near if window else far), ffn, "sandwich") for window in windows]
+    return base.model(f, "gemma3", layers, dim=dim, norm=norm, tied=True, context=context, embed_scale=dim ** 0.5, logit_softcap=final and float(final))
+
+
+def write(config: ModelConfig) -> dict:
+    ropes = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
+    far, near = ropes.get(True, Rope(1_000_000.0)), ropes.get(False, Rope(10_000.0))
+    old = {k: v for k, v in write_rope(far).items() if k != "rope_theta"} if far.scaling else None
+    return {**write_gemma(config), "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},
+            "rope_theta": far.theta, "rope_local_base_freq": near.theta, **({"rope_scaling": old} if old else {})}
+
+
+FAMILY = base.Family("gemma3", ("gemma3_text", "gemma3"), "Gemma3ForCausalLM", read, write, base.table(
+    *base.ATTENTION, *base.QK_NORMS, *base.MLP, *base.SANDWICH,
+    renames=((r"^(model\.language_model\.|language_model\.model\.)", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
+    extras=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",)))

@@ -1,0 +1,261 @@
+"""The two-way table engine: rows that say which tensor of a file is which of our parameters, read left to right to load and right to left to save.
+
+It knows no model and no file format: it works on a tree of shapes given by the caller (`jax.ShapeDtypeStruct` leaves, with their shardings where they have some) and on a
+`Source` of named tensors. Every tensor must be read and every parameter written; what is left over, missing or of another shape is an error that names it.
+Loading fills one leaf of the tree at a time, layer by layer, straight to where it lies: the host holds a leaf's local shards and one tensor of the file above the model.
+"""
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from llmjax.checkpoint import patterns
+from llmjax.core.errors import CheckpointError
+from llmjax.core.leaves import dense
+from llmjax.core.tree import flatten, unflatten
+
+Tree = Any
+
+
+class Source(Protocol):
+    """Named tensors that can be read one at a time. `where` names the file or folder in errors; `shapes` maps each name to its shape."""
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dc.dataclass(frozen=True)
+class Row:
+    """One kind of tensor.
+
+    name: in the file, with {l} for the layer and {e} for the expert.
+    path: of our parameter, within its layer where the name has {l} ("mixer/q"), else from the top ("embed/table"); several for a tensor that holds several.
+    pattern: see `patterns`; "" where the numbers lie the same way.
+    added: what the file's numbers are larger by (GGUF keeps Gemma's norm scales as 1 + w).
+    stack: the subtree whose layers {l} counts ("" is the top).
+    sizes: (letter, parameter, dimension) for letters of the pattern that the shapes leave open: the size of that dimension of that parameter.
+    A row whose parameters a model (or a layer) does not have is passed over. Where two rows make the same parameter, the first is written; the one whose tensor is there is read.
+    """
+    name: str
+    path: str | tuple[str, ...]
+    pattern: str = ""
+    added: float = 0.0
+    stack: str = ""
+    sizes: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+@dc.dataclass(frozen=True)
+class Table:
+    """All rows of a family.
+
+    base: the prefix that a checkpoint of the bare model (without its head) leaves out.
+    renames: (regular expression, replacement) that turn other spellings of tensor names into those of the rows.
+    extras: regular expressions of tensors that hold nothing of the model (buffers, parts it does not have).
+    copies: (name, name of the tensor whose duplicate it is): read only to see that they are equal.
+    """
+    rows: tuple[Row, ...]
+    base: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+    extras: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+
+
+@dc.dataclass(frozen=True)
+class Cell:
+    """One tensor of a file: which parts of which leaves it is. parts: (leaf, index into its leading axes)."""
+    name: str
+    row: Row
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+    pieces: tuple[dict[str, int], ...] | None      # letter sizes per part; None: as it is
+    shape: tuple[int, ...]
+
+
+def layers_of(flat: Mapping[str, Any], stack: str) -> list[tuple[str, int | None]]:
+    """Where each layer's arrays lie, in order: (subtree, index on the stacked axis or None)."""
+    lead = f"{stack}/" if stack else ""
+    found: dict[str, dict[int, Any]] = {"prefix": {}, "cycle": {}, "suffix": {}}
+    for name, leaf in flat.items():
+        match = re.match(re.escape(lead) + r"(prefix_|cycle/|suffix_)(\d+)/", name)
+        if match:
+            found[match[1][:-1]].setdefault(int(match[2]), leaf)
+    cycle = found["cycle"]
+    repeats = cycle[0].shape[0] if cycle else 0
+    layers: list[tuple[str, int | None]] = [(f"{lead}prefix_{i}", None) for i in range(len(found["prefix"]))]
+    layers += [(f"{lead}cycle/{i}", r) for r in range(repeats) for i in range(len(cycle))]
+    return layers + [(f"{lead}suffix_{i}", None) for i in range(len(found["suffix"]))]
+
+
+def cells(table: Table, flat: Mapping[str, Any]) -> Iterator[Cell]:
+    """Every tensor that the table makes of a model, row by row."""
+    layers = functools.cache(functools.partial(layers_of, flat))
+    for row in table.rows:
+        for l, (base, index) in enumerate(layers(row.stack)) if "{l}" in row.name else [(None, ("", None))]:
+            names = [f"{base}/{path}" if base else path for path in row.paths]
+            if not all(name in flat for name in names):
+                continue
+            lead = () if index is None else (index,)
+            experts = range(flat[names[0]].shape[len(lead)]) if "{e}" in row.name else (None,)
+            for e in experts:
+                at = lead if e is None else (*lead, e)
+                shapes = [tuple(flat[name].shape[len(at):]) for name in names]
+                pieces, shape = None, shapes[0]
+                if row.pattern:
+                    pattern = patterns.parse(row.pattern)
+                    known = {letter: flat[f"{base}/{path}" if base else path].shape[len(at) + dim] for letter, path, dim in row.sizes}
+                    pieces = tuple(patterns.solve(pattern.right, s, known) for s in shapes)
+                    shape = patterns.file_shape(pattern, pieces)
+                yield Cell(row.name.format(l=l, e=e), row, tuple((name, at) for name in names), pieces, shape)
+
+
+def choose(table: Table, flat: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[Cell]:
+    """One cell per part of a parameter: of several the one whose tensor is in `names`, else the first. Raises CheckpointError for a parameter no row makes."""
+    every = list(cells(table, flat))
+    claimed: set[tuple] = set()
+    chosen: list[Cell] = []
+    for present in (True, False):
+        for cell in every:
+            if (names is None or cell.name in names) == present and not claimed.issuperset(cell.parts):
+                claimed.update(cell.parts)
+                chosen.append(cell)
+    made = {name for cell in chosen for name, _ in cell.parts}
+    for name in flat:
+        if name not in made:
+            raise CheckpointError(f"the parameter {name!r} {tuple(flat[name].shape)} has no tensor in this family's table; the family cannot hold this model")
+    return chosen
+
+
+def canonical(table: Table, source: Source) -> dict[str, str]:
+    """The names the rows use -> the names in the file."""
+    names = {}
+    for actual in source.shapes:
+        name = actual
+        for old, new in table.renames:
+            name = re.sub(old, new, name)
+        names[name] = actual
+    if table.base and not any(name.startswith(table.base) for name in names):
+        known = {row.name for row in table.rows}
+        names = {name if name in known else table.base + name: actual for name, actual in names.items()}
+    return names
+
+
+def check(table: Table, chosen: list[Cell], names: Mapping[str, str], source: Source) -> None:
+    """Raises CheckpointError for the first tensor that is missing, of another shape, or not read by anything."""
+    for cell in chosen:
+        if cell.name not in names:
+            raise CheckpointError(f"{source.where}: the tensor {cell.name!r} {cell.shape} is missing; is the download complete, and is this its config?")
+        shape = tuple(source.shapes[names[cell.name]])
+        if shape != cell.shape:
+            raise CheckpointError(f"{source.where}: the tensor {names[cell.name]!r} has shape {shape}, the config makes it {cell.shape}; one of the two belongs to another model")
+    used = {cell.name for cell in chosen}
+    copies = dict(table.copies)
+    left = []
+    for name in names:
+        if name in used or any(re.fullmatch(pattern, name) for pattern in table.extras):
+            continue
+        if name in copies:
+            twin = copies[name]
+            if not np.array_equal(source.read(names[name]), source.read(names[twin])):
+                raise CheckpointError(f"{source.where}: {names[name]!r} differs from {names[twin]!r}, but the config says that they are tied; set tie_word_embeddings to false")
+            continue
+        left.append(names[name])
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise CheckpointError(f"{source.where}: nothing reads {', '.join(repr(n) for n in left[:3])}{more}; the file holds another model than its config says")
+
+
+def load(source: Source, table: Table, like: Tree, progress: Callable[[str], None] | None = None) -> Tree:
+    """The parameters of a checkpoint.
+
+    like: nested dict of ShapeDtypeStruct: shapes, the dtype each parameter gets, and (optionally) its sharding. -> the same tree of jax arrays.
+    progress: called with the name of each leaf once it is in place. Raises CheckpointError before anything is read where names or shapes do not fit.
+    """
+    flat = flatten(like)
+    names = canonical(table, source)
+    chosen = choose(table, flat, names)
+    check(table, chosen, names, source)
+    uses: dict[str, list[tuple[Cell, int, tuple[int, ...]]]] = {}
+    for cell in chosen:
+        for number, (name, at) in enumerate(cell.parts):
+            uses.setdefault(name, []).append((cell, number, at))
+    out = {}
+    for name, leaf in flat.items():
+        out[name] = fill(source, names, uses[name], leaf)
+        if progress:
+            progress(name)
+    return unflatten(out)
+
+
+def fill(source: Source, names: Mapping[str, str], uses: list[tuple[Cell, int, tuple[int, ...]]], like: Any) -> jax.Array:
+    """One leaf: a host buffer per local shard, filled tensor by tensor, then put in its place."""
+    sharding = getattr(like, "sharding", None)
+    whole = tuple((0, n) for n in like.shape)
+    places = {None: whole}
+    if sharding is not None:
+        places = {device: tuple(s.indices(n)[:2] for s, n in zip(index, like.shape)) for device, index in sharding.addressable_devices_indices_map(like.shape).items()}
+    buffers = {span: aligned([stop - start for start, stop in span], like.dtype) for span in set(places.values())}
+    for cell, number, at in uses:
+        spans = [span for span in buffers if all(start <= i < stop for i, (start, stop) in zip(at, span))]
+        if not spans:
+            continue
+        x = source.read(names[cell.name])
+        if cell.pieces is not None:
+            x = patterns.split(x, patterns.parse(cell.row.pattern), cell.pieces, number)
+        if cell.row.added:
+            x = x.astype(np.float32) - np.float32(cell.row.added)
+        for span in spans:
+            target = tuple(i - start for i, (start, _) in zip(at, span))
+            part = x[tuple(slice(start, stop) for start, stop in span[len(at):])]
+            buffers[span][(*target, ...)] = part
+    if sharding is None:
+        return jax.device_put(buffers[whole])
+    shards = [jax.device_put(buffers[span], device) for device, span in places.items()]
+    return jax.make_array_from_single_device_arrays(like.shape, sharding, shards)
+
+
+def aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """An empty array whose memory starts at a multiple of 64 bytes: jax on a CPU then takes it as it is, without a copy."""
+    dtype = np.dtype(dtype)
+    n = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(n + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + n].view(dtype).reshape(shape)
+
+
+@dc.dataclass(frozen=True)
+class Export:
+    """A tensor to be written: its array is made when `make` is called."""
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+
+def exports(table: Table, params: Tree) -> list[Export]:
+    """The tensors of a file out of our parameters (array leaves are made dense), one at a time when asked. Raises CheckpointError for a parameter the table cannot place."""
+    flat = flatten(params)
+    for name, leaf in flat.items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            raise CheckpointError(f"the parameter {name!r} lies on several processes; gather it, or save from a run on one process")
+
+    @functools.lru_cache(maxsize=max((len(row.paths) for row in table.rows), default=1))
+    def host(name: str) -> np.ndarray:
+        return np.asarray(dense(flat[name]))
+
+    def make(cell: Cell) -> np.ndarray:
+        xs = [host(name)[at] for name, at in cell.parts]
+        if cell.row.added:
+            xs = [(x.astype(np.float32) + np.float32(cell.row.added)).astype(x.dtype) for x in xs]
+        return patterns.join(xs, patterns.parse(cell.row.pattern), cell.pieces) if cell.pieces is not None else xs[0]
+
+    return [Export(cell.name, cell.shape, np.dtype(flat[cell.parts[0][0]].dtype), functools.partial(make, cell)) for cell in choose(table, flat)]
