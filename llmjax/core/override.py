@@ -68,6 +68,12 @@ def check_type(cls: type, name: str, value: Any, where: str | None = None) -> No
         raise ConfigError(f"{where or name}={value!r}: {describe(hint)} is wanted")
 
 
+def check_fields(config: Any) -> None:
+    """check_type for every field of a dataclass."""
+    for field in dc.fields(config):
+        check_type(type(config), field.name, getattr(config, field.name))
+
+
 def classes(hint: Any) -> dict[str, type]:
     """The dataclasses an annotation admits, by name."""
     if typing.get_origin(hint) in (Union, types.UnionType, tuple):

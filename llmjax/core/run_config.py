@@ -12,6 +12,7 @@ from typing import Any, Literal
 from llmjax.core.errors import ConfigError
 from llmjax.core.mesh import Layout
 from llmjax.core.model_config import ModelConfig
+from llmjax.core.override import check_fields
 
 Duration = int | str
 DType = Literal["float32", "bfloat16", "float16"]
@@ -31,7 +32,7 @@ class Compute:
     scan: bool = True                  # layers stacked and scanned: small programs; False: every layer apart
 
     def __post_init__(self):
-        check_literals(self)
+        check_fields(self)
 
 
 @dc.dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Guard:
     patience: int = 10                 # skipped steps in a row that stop the run all the same
 
     def __post_init__(self):
-        check_literals(self)
+        check_fields(self)
 
 
 @dc.dataclass(frozen=True)
@@ -157,13 +158,6 @@ class RunConfig:
             check_duration(getattr(self, name), name)
         if isinstance(self.steps, str) and self.steps.endswith("%"):
             raise ConfigError(f"steps={self.steps!r}: a share of the run needs the run's length; use steps or epochs such as '2ep'")
-
-
-def check_literals(config: Any) -> None:
-    """Raises ConfigError where a field annotated with Literal holds something else."""
-    from llmjax.core.override import check_type
-    for field in dc.fields(config):
-        check_type(type(config), field.name, getattr(config, field.name))
 
 
 def check_duration(value: Duration | None, name: str) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llmjax.decode.sampling import Sampling, sample
-from llmjax.models import Cache, Decoder
+from llmjax.models import Cache, Decoder, grow_cache
 from llmjax.models import init_cache as empty_cache
 
 
@@ -102,6 +102,12 @@ def rewind(cache: Cache, lengths: jax.Array) -> Cache:
 def can_rewind(cache: Cache) -> bool:
     """Whether every layer keeps all positions."""
     return len(cache.slots) == 1
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def grow(model: Decoder, cache: Cache, length: int) -> Cache:
+    """The same cache with room for `length` positions."""
+    return grow_cache(model.config, cache, length)
 
 
 @functools.partial(jax.jit, static_argnames="times")

@@ -70,6 +70,21 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cach
     return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sizes}, empty=True)
 
 
+def grow_cache(config: ModelConfig, cache: Cache, length: int) -> Cache:
+    """The same content with room for `length` positions. A ring that is full size already stays; what was kept by position gets more slots."""
+    old = cache.length
+
+    def wider(x, size, axis):
+        return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+    def one(layer, kept, lead=0):
+        return jax.tree.map(lambda x: wider(x, slots_of(layer.mixer, length), lead + 1), kept)
+    layers = {part: tuple(one(layer, kept, int(part == "cycle")) for layer, kept in zip(getattr(config, part), cache.layers[part])) for part in cache.layers}
+    sizes = {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers} | {length: old}
+    slots = {new: jax.tree.map(lambda x: wider(x, new, 1), cache.slots[before]) for new, before in sizes.items()}
+    return Cache(layers, slots, cache.empty)
+
+
 def next_positions(cache: Cache, shape: tuple[int, int]) -> jax.Array:
     """The positions that continue what each row holds. -> [B, T]"""
     slots = cache.slots[cache.length]

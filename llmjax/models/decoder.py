@@ -18,7 +18,7 @@ from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
-from llmjax.models.module import Module, compact, initializers, rematerialised, scan, vector, weight
+from llmjax.models.module import Model, Module, Start, compact, rematerialised, scan, vector, weight
 from llmjax.models.norms import Normalize
 
 
@@ -28,11 +28,10 @@ class Table(Module):
     label: str
     shape: tuple[int, ...]
     compute: Compute
-    std: float | None = 0.02           # of the normal distribution it starts from; None: zeros
 
     @compact
     def __call__(self) -> Any:
-        return vector(self, self.key, self.label, self.shape) if self.std is None else weight(self, self.key, self.label, self.shape, initializers.normal(self.std))
+        return weight(self, self.key, self.label, self.shape, Start(0.02))
 
 
 class Head(Module):
@@ -46,7 +45,7 @@ class Head(Module):
         if table is not None:
             logits = dot("btd,vd->btv", x, table, out_dtype=jnp.float32)
         else:
-            kernel = weight(self, "kernel", "embed -> vocab", (c.dim, c.vocab_size), initializers.normal(0.02))
+            kernel = weight(self, "kernel", "embed -> vocab", (c.dim, c.vocab_size), Start(0.02))
             logits = dot("btd,dv->btv", x, kernel, out_dtype=jnp.float32)
         if c.head_bias:
             logits = logits + vector(self, "bias", "vocab", (c.vocab_size,)).astype(jnp.float32)
@@ -55,7 +54,7 @@ class Head(Module):
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
 
-class Decoder(Module):
+class Decoder(Model):
     """A decoder-only language model; `compute.scan=False` sets every layer apart (`config` is then the unrolled one)."""
     config: ModelConfig
     compute: Compute = Compute()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, dense, dot, platform
+from llmjax.core import Compute, Layout, dense, dot
 from llmjax.core.model_config import MixtureOfExperts, Mlp
 from llmjax.kernels import grouped_matmul
 from llmjax.models.feed_forward import ACTIVATIONS, MultiLayerPerceptron
@@ -34,12 +34,14 @@ class Experts(Module):
         order = jnp.argsort(chosen.reshape(-1))                                     # choices sorted by expert [M·k]
         sizes = jnp.bincount(chosen.reshape(-1), length=E)
         rows = x.reshape(-1, D)[order // m.top_k]
-        product = grouped_matmul.choose(self.compute.experts, platform())
+
+        def product(x, w):
+            return grouped_matmul(x, w, sizes, implementation=self.compute.experts)
         up, gate = (dense(weight(self, name, "expert | embed -> mlp", (E, D, F))) for name in ("up", "gate"))
         down = dense(weight(self, "down", "expert | mlp -> embed", (E, F, D)))
         with jax.named_scope("experts"):
-            h = ACTIVATIONS[m.activation](product(rows, gate, sizes)) * product(rows, up, sizes)
-            y = product(h, down, sizes)
+            h = ACTIVATIONS[m.activation](product(rows, gate)) * product(rows, up)
+            y = product(h, down)
         back = jnp.argsort(order)
         y = jnp.einsum("mkd,mk->md", y[back].reshape(-1, m.top_k, D).astype(jnp.float32), gates).astype(x.dtype).reshape(B, T, D)
         if m.shared is not None:

@@ -4,7 +4,10 @@ A module is a frozen dataclass with `__call__`; parameters live outside, in nest
 """
 from __future__ import annotations
 
+import dataclasses as dc
 import functools
+import math
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -14,16 +17,32 @@ from flax import struct
 
 from llmjax.core.errors import CheckpointError
 from llmjax.core.labels import Label, parse
+from llmjax.core.tree import path_name
 
 Module = nn.Module
 compact = nn.compact
-initializers = nn.initializers
+
+
+@dc.dataclass(frozen=True)
+class Start:
+    """What a parameter is before training: normal with `std`, or `constant` where std is None."""
+    std: float | None
+    constant: float = 0.0
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.full(shape, self.constant, dtype) if self.std is None else normal(key, self.std, shape, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 class Labeled(struct.PyTreeNode, nn.meta.AxisMetadata):
     """A freshly made parameter together with its label; `unbox` leaves the array."""
     value: Any
     label: Label = struct.field(pytree_node=False)
+    start: Start = struct.field(pytree_node=False)
 
     def unbox(self):
         return self.value
@@ -38,25 +57,24 @@ class Labeled(struct.PyTreeNode, nn.meta.AxisMetadata):
         return self.replace(label=Label(self.label.batch[1:], self.label.inputs, self.label.outputs))
 
 
-def weight(module: Module, name: str, label: str, shape: tuple[int, ...], init=None) -> Any:
+def weight(module: Module, name: str, label: str, shape: tuple[int, ...], start: Start | None = None) -> Any:
     """The parameter `name` of a module: what the caller passed (an array or an array leaf), or a new one when the model is being initialised.
 
-    label: see core/labels.py. init: fan-in scaled normal for matrices unless given. Raises CheckpointError when the shape is not the model's.
+    label: see core/labels.py. start: normal with variance 1 / fan-in unless given. Raises CheckpointError when the shape is not the model's.
     """
     if module.has_variable("params", name):
-        value = module.get_variable("params", name)
+        value = nn.meta.unbox(module.get_variable("params", name))
         if tuple(value.shape) != tuple(shape):
             raise CheckpointError(f"parameter {'/'.join((*module.path, name))} has shape {tuple(value.shape)}, the model wants {tuple(shape)}")
         return value
     parsed = parse(label)
-    if init is None:
-        init = initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=parsed.dims("inputs"), out_axis=parsed.dims("outputs"), batch_axis=parsed.dims("batch"))
-    return module.param(name, lambda key: Labeled(init(key, shape, module.compute.param_dtype), parsed))
+    begin = start or Start(math.prod(shape[i] for i in parsed.dims("inputs")) ** -0.5)
+    return module.param(name, lambda key: Labeled(begin.draw(key, shape, module.compute.param_dtype), parsed, begin))
 
 
 def vector(module: Module, name: str, label: str, shape: tuple[int, ...], value: float = 0.0) -> jax.Array:
     """A bias or a scale: constant at first."""
-    return weight(module, name, label, shape, initializers.constant(value))
+    return weight(module, name, label, shape, Start(None, value))
 
 
 def scan(cell: type[Module], length: int) -> Any:
@@ -96,7 +114,25 @@ def labels(model: Module) -> Any:
 
 
 def init_params(model: Module, key: jax.Array, shardings: Any = None) -> Any:
-    """Fresh parameters as nested dicts of arrays, made in one compiled program, straight in their sharded place when `shardings` (a tree of NamedSharding) is given."""
-    def make(key):
-        return nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
-    return jax.jit(make, out_shardings=shardings)(key)
+    """Fresh parameters as nested dicts of arrays, each drawn straight in its sharded place when `shardings` (a tree of NamedSharding) is given. A parameter's numbers depend on
+    its name and the key alone, not on the mesh."""
+    def one(path, box, sharding=None):
+        x, mine = box.value, jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+        return jax.jit(lambda k: box.start.draw(k, x.shape, x.dtype), out_shardings=sharding)(mine) if sharding is not None else box.start.draw(mine, x.shape, x.dtype)
+    return jax.tree_util.tree_map_with_path(one, boxed_params(model), *([] if shardings is None else [shardings]), is_leaf=is_labeled)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def compiled(module: Module, method: Any, mutable: Any, variables: Any, args: tuple, kwargs: dict) -> Any:
+    return nn.Module.apply(module, variables, *args, method=method, mutable=mutable, **kwargs)
+
+
+class Model(Module):
+    """A whole model: `apply` outside of any transformation runs compiled, so that trying things in a notebook costs what the compiled program costs."""
+
+    def apply(self, variables: Any, *args: Any, method: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
+        """Flax's `apply`. See the model's `__call__`."""
+        mutable = tuple(mutable) if isinstance(mutable, list) else mutable
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args, kwargs))):
+            return nn.Module.apply(self, variables, *args, method=method, mutable=mutable, **kwargs)
+        return compiled(self, method, mutable, variables, args, kwargs)

@@ -34,10 +34,9 @@ class NextToken:
         total, z_total = chunked_cross_entropy(lambda p, x: apply({"params": p}, x, method="unembed"), params, features, batch["targets"], weights,
                                                label_smoothing=self.label_smoothing, z_loss=self.z_loss, chunk=self.chunk)
         count = weights.sum()
-        metrics = {"loss": Mean(total, count)}
+        metrics = {"loss": Mean(total - z_total, count)}
         if self.z_loss:
             metrics["z_loss"] = Mean(z_total, count)
-            total = total + z_total
         aux = router_statistics(said)
         for name, factor in (("balance_loss", self.balance_loss), ("router_z_loss", self.router_z_loss)):
             if name in aux:

@@ -23,15 +23,32 @@ class State:
 
 def init(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """A state at step 0. It takes `params` over: the first step donates their buffers. On a mesh the optimiser's arrays lie as the parameters they belong to."""
+    like = abstract(params, optimizer, key)
+    places = jax.tree.map(lambda x: x.sharding, like) if mesh_of(params) is not None else None
+    opt_state = jax.jit(optimizer.init, out_shardings=None if places is None else places.opt_state)(params)
+    step = jnp.zeros((), jnp.int32)
+    return State(step, params, opt_state, key) if places is None else State(jax.device_put(step, places.step), params, opt_state, jax.device_put(key, places.key))
+
+
+def abstract(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state `init` would make, as jax.ShapeDtypeStruct with shardings; params may be abstract too."""
     mesh = mesh_of(params)
-    if mesh is None:
-        return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), key)
-    whole = NamedSharding(mesh, PartitionSpec())
-    shape = jax.eval_shape(optimizer.init, params)
-    like = optax.tree_utils.tree_map_params(optimizer, lambda _, p: p.sharding, shape, params, transform_non_params=lambda _: whole)
-    like = jax.tree.map(lambda s, x: s if len(x.shape) >= len(s.spec) else whole, like, shape)      # factored moments have fewer dimensions
-    opt_state = jax.jit(optimizer.init, out_shardings=like)(params)
-    return State(jax.device_put(jnp.zeros((), jnp.int32), whole), params, opt_state, jax.device_put(key, whole))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(optimizer.init, params)
+    if mesh is not None:
+        near = optax.tree_utils.tree_map_params(optimizer, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: whole)
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s if fits(s, x.shape) else whole), shapes, near)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), params)
+    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), like, shapes, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+
+
+def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's sharding divides an array made from it (a factored moment has fewer dimensions, a placeholder is [1])."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def mesh_of(tree: Any) -> Any | None:

@@ -1,0 +1,6 @@
+"""`python -m llmjax` is `llmjax`."""
+import sys
+
+from llmjax.cli import main
+
+sys.exit(main())

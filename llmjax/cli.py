@@ -1,0 +1,262 @@
+"""Arguments -> run. What a user can cause ends in one line on stderr and exit status 2; `--debug` shows the trace."""
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from llmjax.core.errors import nearest
+
+VERBS = {
+    "train": "train a model from a configuration; started again on the same folder it goes on",
+    "generate": "continue prompts, for scripts",
+    "chat": "talk with a model",
+    "eval": "loss, perplexity and bits per byte on a text or jsonl file",
+    "convert": "write any readable checkpoint in Hugging Face layout",
+    "tokenizer": "train a tokenizer, encode, decode",
+    "data": "build a run's tokenizer and token shards without training",
+    "show": "print a resolved configuration, its sharding, or a checkpoint's configuration",
+}
+MODEL = "a folder in Hugging Face layout, a .gguf file, a run's folder, hf:org/name, or smollm2"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line; an unknown verb answers with the nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    top = Parser(prog="llmjax", formatter_class=argparse.RawDescriptionHelpFormatter, usage="llmjax VERB [options]",
+                 description=f"The whole life of a language model in JAX.\n\nverbs:\n{lines}\n\nllmjax VERB --help tells a verb's options.")
+    top.add_argument("--version", action="version", version=version())
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser, metavar="VERB", help=argparse.SUPPRESS)
+
+    def add(name: str, more: str = "") -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, help=VERBS[name], description=VERBS[name][0].upper() + VERBS[name][1:] + "." + (f"\n\n{more}" if more else ""),
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+        return parser
+
+    def configured(parser: argparse.ArgumentParser, required: bool = True) -> None:
+        parser.add_argument("--config", required=required, metavar="FILE.py[:arg=value,…]", help="a Python file with get_config, its arguments after a colon; or a run's config.json")
+        parser.add_argument("--config.FIELD", dest="override_help", metavar="VALUE", help="override a field, as in --config.optimizer.learning_rate=1e-3 (`llmjax show` lists them)")
+
+    def sampled(parser: argparse.ArgumentParser, tokens: int) -> None:
+        parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=tokens, help=f"at most this many new tokens ({tokens})")
+        parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (0)")
+        parser.add_argument("--top-k", "--top_k", type=int, help="draw among the k best")
+        parser.add_argument("--top-p", "--top_p", type=float, help="draw among the most probable that make up this mass")
+        parser.add_argument("--min-p", "--min_p", type=float, help="leave out what is less probable than this share of the best")
+        parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, help="above 1 makes tokens already there less likely")
+        parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
+        parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
+        parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+
+    p = add("train", "A run's folder holds config.json, metrics.jsonl, checkpoints/, hf/ (the model in Hugging Face layout) and plots/.\n"
+                     "example: llmjax train --config=configs/quickstart.py:size=tiny --config.steps=20 --workdir=runs/a")
+    configured(p)
+    p.add_argument("--workdir", metavar="DIR", help="the run's folder (runs/NAME of the configuration)")
+    p.add_argument("--quiet", action="store_true", help="no progress, no sample")
+
+    p = add("generate", "example: llmjax generate --model=smollm2 --prompt='The sea' --max-new-tokens=32")
+    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    p.add_argument("--prompts", metavar="FILE.jsonl", help='prompts, one a line: a string, or an object with "prompt"; answers come as JSON lines')
+    p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template as a user's turn")
+    p.add_argument("--n", type=int, default=1, help="continuations per prompt (1)")
+    p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="prompts at a time (8)")
+    p.add_argument("--json", action="store_true", help="answer in JSON lines for --prompt too")
+    sampled(p, 64)
+
+    p = add("chat", "example: llmjax chat --model=smollm2\nWithin: /reset forgets the conversation, /quit or Ctrl-D ends.")
+    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--system", help="a system message")
+    sampled(p, 512)
+
+    p = add("eval", "example: llmjax eval --model=smollm2 --file=book.txt --context=1024")
+    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--file", required=True, help="a text file, or jsonl")
+    p.add_argument("--field", default="text", help="the text's field in jsonl (text)")
+    p.add_argument("--context", type=int, help="tokens per row (1024, at most the model's own)")
+    p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="rows at a time (8)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+    p.add_argument("--json", action="store_true", help="one JSON line")
+
+    p = add("convert", "example: llmjax convert smollm2 out/ --dtype=float32")
+    p.add_argument("source", help=MODEL)
+    p.add_argument("target", help="the folder to write")
+    p.add_argument("--to", choices=["hf"], default="hf", help="the layout to write (hf)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the weights written (bfloat16)")
+
+    p = add("tokenizer", "examples: llmjax tokenizer train a.txt b.txt --out=tok --vocab-size=8192\n          llmjax tokenizer encode --tokenizer=tok --text='Hello'\n"
+                         "          llmjax tokenizer decode --tokenizer=tok --ids='1 2 3'")
+    p.add_argument("action", choices=["train", "encode", "decode"])
+    p.add_argument("files", nargs="*", help="train: text files, globs or folders (jsonl with --field)")
+    p.add_argument("--out", help="train: the folder to write")
+    p.add_argument("--vocab-size", "--vocab_size", type=int, default=8192, help="train: size of the vocabulary (8192)")
+    p.add_argument("--field", help="train: the files are jsonl, this field is the text")
+    p.add_argument("--tokenizer", help="encode, decode: a folder, a tokenizer file, or a model")
+    p.add_argument("--text", help="encode: the text")
+    p.add_argument("--ids", help="decode: ids separated by spaces or commas")
+
+    p = add("data", "example: llmjax data --config=configs/quickstart.py --workdir=runs/quickstart")
+    configured(p)
+    p.add_argument("--workdir", metavar="DIR", help="the run's folder (runs/NAME of the configuration); the shards go to its data/")
+
+    p = add("show", "examples: llmjax show --config=configs/quickstart.py --config.steps=10\n          llmjax show --config=configs/quickstart.py --sharding\n          llmjax show --model=smollm2")
+    configured(p, required=False)
+    p.add_argument("--model", help=MODEL)
+    p.add_argument("--sharding", action="store_true", help="with --config: where each weight lies on the devices")
+    return top
+
+
+def version() -> str:
+    from llmjax import __version__
+    return f"llmjax {__version__}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """-> the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(argv)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"llmjax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("llmjax: stopped", file=sys.stderr)
+        return 130
+
+
+def dispatch(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise ValueError(f"there is no verb {argv[0]!r}" + nearest(argv[0], VERBS))
+    overrides, rest = take_overrides(argv)
+    args = build_parser().parse_args(rest)
+    if overrides and not hasattr(args, "config"):
+        raise ValueError(f"--config.{overrides[0]}: `llmjax {args.verb}` takes no configuration")
+    import os
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    return HANDLERS[args.verb](args, overrides)
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(["a.b=value", …] of every --config.a.b=value or --config.a.b value, the other arguments)."""
+    overrides, rest, i = [], [], 0
+    while i < len(argv):
+        item = argv[i]
+        if item.startswith("--config."):
+            text = item.removeprefix("--config.")
+            if "=" not in text and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+                i += 1
+                text = f"{text}={argv[i]}"
+            overrides.append(text)
+        else:
+            rest.append(item)
+        i += 1
+    return overrides, rest
+
+
+def read_config(args: argparse.Namespace, overrides: list[str]) -> Any:
+    from llmjax import settings
+    return settings.load(args.config, overrides)
+
+
+def workdir_of(args: argparse.Namespace) -> pathlib.Path:
+    return pathlib.Path(args.workdir) if args.workdir else pathlib.Path("runs", pathlib.Path(args.config.partition(":")[0]).stem)
+
+
+def knobs(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
+                stop=args.stop, seed=args.seed, dtype=args.dtype)
+
+
+def on_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = read_config(args, overrides)
+    from llmjax import run
+    run.train_model(config, workdir_of(args), quiet=args.quiet)
+    return 0
+
+
+def on_generate(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import run
+    if bool(args.prompt) == bool(args.prompts):
+        raise ValueError("give --prompt=TEXT (once or more) or --prompts=FILE.jsonl")
+    prompts = args.prompt or run.read_prompts(args.prompts)
+    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, **knobs(args)):
+        if args.json or args.prompts:
+            print(json.dumps(done, ensure_ascii=False), flush=True)
+        else:
+            print(("" if args.chat else done["prompt"]) + done["text"], flush=True)
+    return 0
+
+
+def on_chat(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import run
+    lines = None if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
+    run.chat(args.model, system=args.system, lines=lines, **knobs(args))
+    return 0
+
+
+def on_eval(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import run
+    found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, progress=not args.json)
+    print(json.dumps(found) if args.json else "\n".join(f"{k:<14} {v:,.4f}" if k != "tokens" else f"{k:<14} {v:,.0f}" for k, v in found.items()))
+    return 0
+
+
+def on_convert(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import run
+    done = run.convert(args.source, args.target, dtype=args.dtype)
+    print(f"{done['target']}: {done['family']}, {done['parameters']:,} parameters in {done['dtype']}, {'with' if done['tokenizer'] else 'without'} a tokenizer")
+    return 0
+
+
+def on_tokenizer(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import run
+    needed = {"train": ("files", "out"), "encode": ("tokenizer", "text"), "decode": ("tokenizer", "ids")}[args.action]
+    missing = [name for name in needed if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"tokenizer {args.action} needs {' and '.join(missing if missing == ['files'] else ['--' + m if m != 'files' else m for m in missing])}")
+    if args.action == "train":
+        done = run.train_tokenizer(args.files, args.out, vocab_size=args.vocab_size, field=args.field)
+        print(f"{done['folder']}: {done['vocab_size']} tokens")
+    elif args.action == "encode":
+        print(" ".join(map(str, run.encode(args.tokenizer, args.text))))
+    else:
+        try:
+            ids = [int(x) for x in args.ids.replace(",", " ").split()]
+        except ValueError:
+            raise ValueError(f"--ids={args.ids!r}: whole numbers are wanted") from None
+        print(run.decode_ids(args.tokenizer, ids))
+    return 0
+
+
+def on_data(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = read_config(args, overrides)
+    from llmjax import run
+    for name, value in run.prepare_data(config, workdir_of(args)).items():
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
+    if bool(args.config) == bool(args.model):
+        raise ValueError("show needs --config=FILE.py or --model=NAME")
+    config = read_config(args, overrides) if args.config else None
+    from llmjax import run
+    print(run.show_model(args.model) if args.model else run.show_sharding(config) if args.sharding else run.show_config(config))
+    return 0
+
+
+HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "eval": on_eval, "convert": on_convert, "tokenizer": on_tokenizer, "data": on_data, "show": on_show}

@@ -1,0 +1,320 @@
+"""One function per verb: the command line's whole logic, callable from Python."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
+from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
+from llmjax.core.override import as_text, from_json, to_json
+from llmjax.core.run_config import in_steps
+from llmjax.core.tree import size
+
+FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard")     # what a run may change when it goes on
+
+
+# train
+
+def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
+    """A training run in `workdir`, started or gone on with. -> its last evaluation and loss.
+
+    The folder holds config.json, metrics.jsonl, data/ (tokenizer and shards), checkpoints/, hf/ (the model in Hugging Face layout), plots/loss.png.
+    Raises ConfigError, DataError, ShardingError, CheckpointError, TrainingStopped.
+    """
+    workdir = pathlib.Path(workdir)
+    config = remember(config, workdir)
+    mesh = from_layout(config.layout)
+    if config.batch_size % (batch_parts(mesh, config.layout.rules) * config.accumulate):
+        raise ConfigError(f"batch_size={config.batch_size} does not divide over {batch_parts(mesh, config.layout.rules)} parts of the mesh in accumulate={config.accumulate} steps; "
+                          "change batch_size or the layout")
+    corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
+    model = make_model(config, corpus.tokenizer)
+    total = in_steps(config.steps, None, corpus.train.steps_per_epoch(config.batch_size), "steps")
+
+    def steps(value, name):
+        return None if value is None else max(1, in_steps(value, total, corpus.train.steps_per_epoch(config.batch_size), name))
+    schedule = train.make_schedule(config.schedule, config.optimizer.learning_rate, total, corpus.train.steps_per_epoch(config.batch_size))
+    labels = models.labels(model)
+    optimizer = train.make_optimizer(config.optimizer, schedule, labels)
+    key = jax.random.key(config.seed)
+    with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
+        places = None if mesh.size == 1 else shardings(labels, models.abstract_params(model), mesh, config.layout.rules)
+        store = checkpoint.Store(workdir / "checkpoints", keep=config.keep)
+        state, extra = start(model, optimizer, key, places, store)
+        loader = corpus.train.loader(config.batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+        if extra:
+            loader.set_state(extra["loader"])
+        begun = int(state.step)
+        console = train.Console(total, begun, quiet or jax.process_index() > 0)
+        loggers = make_loggers(config, workdir, begun, console)
+        place = placing(mesh, config)
+
+        def evaluate(params):
+            return train.evaluate(model.apply, params, corpus.validation.batches(config.batch_size), corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
+        peak, source = train.peak_flops(config.compute.dtype)
+        if not quiet:
+            announce(console, config, model, corpus, total, begun, peak, source)
+        loop = train.Loop(
+            step=train.make_step(model.apply, config.objective, optimizer, accumulate=config.accumulate, skip=config.guard.policy == "skip"),
+            batches=loader, store=store, total=total, log_every=steps(config.log_every, "log_every") or 1, eval_every=steps(config.eval_every, "eval_every"),
+            checkpoint_every=steps(config.checkpoint_every, "checkpoint_every"), evaluate=None if corpus.validation is None else evaluate, loggers=loggers, console=console,
+            watch=train.Watch(config.guard, **extra.get("watch", {})), place=place, tokens_per_step=config.batch_size * config.context,
+            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule)
+        try:
+            state, whole = train.run(loop, state)
+        finally:
+            store.close()
+            for logger in loggers:
+                if hasattr(logger, "close"):
+                    logger.close()
+        if whole:
+            finish(config, workdir, model, state.params, corpus.tokenizer, quiet)
+    rows = train.read_rows(workdir / "metrics.jsonl")
+    return {k: v for row in rows for k, v in row.items()}
+
+
+def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+    """Keeps the configuration in the run's folder; a folder that holds another run's is refused, but for the fields in FREE."""
+    file = workdir / "config.json"
+    if file.exists():
+        try:
+            before = from_json(json.loads(file.read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}: not JSON ({error}); remove it, or use another --workdir") from error
+        same = dc.replace(before, **{name: getattr(config, name) for name in FREE})
+        if same != config:
+            old, new = as_text(same), as_text(config)
+            first = next((f"{b.split(' = ')[0]} was {a.split(' = ')[-1]}, now {b.split(' = ')[-1]}" for a, b in zip(old, new) if a != b), "their shapes differ")
+            raise ConfigError(f"{workdir}: holds a run of another configuration ({first}); use another --workdir, or the same configuration")
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(to_json(config), indent=1))
+    os.replace(part, file)
+    return config
+
+
+def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
+    """The configured model with the tokenizer's special ids. Raises ConfigError where the vocabulary is too small."""
+    c: ModelConfig = config.model
+    if tokenizer.vocab_size > c.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size={c.vocab_size} is too small; set --config.model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}")
+    if not c.end_tokens and tokenizer.eos_id is not None:
+        c = dc.replace(c, end_tokens=(tokenizer.eos_id,))
+    c = dc.replace(c, bos_token=c.bos_token if c.bos_token is not None else tokenizer.bos_id, pad_token=c.pad_token if c.pad_token is not None else tokenizer.pad_id)
+    return models.Decoder(c, config.compute, config.layout)
+
+
+def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store) -> tuple[train.State, dict]:
+    """A fresh state, or the newest checkpoint's straight in its place. -> (state, what was stored beside it)."""
+    latest = store.latest()
+    if latest is None:
+        return train.init(models.init_params(model, key, places), optimizer, key), {}
+    like = models.abstract_params(model)
+    if places is not None:
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
+    return store.restore(latest, train.abstract(like, optimizer, key))
+
+
+def make_loggers(config: RunConfig, workdir: pathlib.Path, begun: int, console: train.Console) -> tuple:
+    if jax.process_index() > 0:
+        return (console,)
+    found: tuple = (console, train.JsonLines(workdir / "metrics.jsonl", begun))
+    return (*found, train.TensorBoard(workdir / "tensorboard")) if config.tensorboard else found
+
+
+def placing(mesh: Any, config: RunConfig):
+    """A function that puts this process's rows of a batch on the devices."""
+    if mesh.size == 1:
+        return jax.device_put
+    sharding = batch_sharding(mesh, 2, config.layout.rules)
+    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def announce(console: train.Console, config: RunConfig, model: models.Decoder, corpus: Any, total: int, begun: int, peak: float, source: str) -> None:
+    parameters = size(models.abstract_params(model))
+    console.say(f"{parameters / 1e6:.2f} M parameters, {total} steps of {config.batch_size} × {config.context} tokens, {corpus.train.steps_per_epoch(config.batch_size)} steps an epoch; "
+                f"peak {peak / 1e12:.2f} TFLOP/s ({source})")
+    if begun:
+        console.say(f"going on from step {begun} of {total}" if begun < total else f"the run is complete ({total} steps)")
+
+
+def finish(config: RunConfig, workdir: pathlib.Path, model: models.Decoder, params: Any, tokenizer: Any, quiet: bool) -> None:
+    """The end of a run: the model in Hugging Face layout, the plot, a sample."""
+    if jax.process_index() == 0:
+        train.plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+    pretrained.save(workdir / "hf", model, params, tokenizer)
+    if config.sample and not quiet and jax.process_index() == 0:
+        text = decode.generate(model, params, tokenizer, [config.sample], max_new_tokens=64, temperature=0.8, top_k=50, seed=config.seed)[0]
+        print(f"sample: {config.sample}{text}")
+    if not quiet:
+        print(f"model: {workdir / 'hf'}   metrics: {workdir / 'metrics.jsonl'}   plot: {workdir / 'plots' / 'loss.png'}")
+
+
+# generate and chat
+
+def read_prompts(file: str | pathlib.Path) -> list[str]:
+    """Prompts of a jsonl file: each line a string, or an object with "prompt"."""
+    prompts = []
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts={file}: there is no such file")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}, line {number}: not JSON ({error})") from error
+        text = row if isinstance(row, str) else row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(f'{file}, line {number}: a string, or an object with "prompt" is wanted')
+        prompts.append(text)
+    if not prompts:
+        raise ConfigError(f"{file}: no prompts in it")
+    return prompts
+
+
+def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: str | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
+    """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    if tokenizer is None:
+        raise CheckpointError(f"{model}: the checkpoint has no tokenizer; call decode.generate with ids from Python")
+    module, params = decode.prepare(module, params)
+    n = knobs.get("n", 1)
+    for begin in range(0, len(prompts), batch_size):
+        texts = prompts[begin:begin + batch_size]
+        rows = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts] if chat else texts
+        for i, done in enumerate(decode.complete(module, params, tokenizer, rows, **knobs)):
+            yield {"prompt": texts[i // n], "text": done.text, "finish": done.finish, "tokens": len(done.ids)}
+
+
+def usual_dtype() -> str:
+    """float32 on a CPU, whose matrix-vector products are fastest in it; bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def chat(model: str, *, system: str | None = None, dtype: str | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
+    """A conversation on the terminal. `lines`: an iterator of what the user says (default: asks for it); /reset forgets, /quit ends."""
+    out = out or sys.stdout
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    session = decode.Session(module, params, tokenizer, system=system)
+    del params
+    if lines is None:
+        with contextlib.suppress(ImportError):
+            import readline                       # noqa: F401  (line editing and history for input())
+    print(f"{model}: /reset forgets the conversation, /quit or Ctrl-D ends", file=out)
+    while (text := ask(lines)) is not None:
+        if text.strip() in ("/quit", "/exit"):
+            break
+        if text.strip() == "/reset":
+            session.reset()
+            continue
+        if not text.strip():
+            continue
+        try:
+            for piece in session.say(text, max_new_tokens=max_new_tokens, **knobs):
+                print(piece, end="", file=out, flush=True)
+        except ConfigError as error:
+            print(error, end="", file=out)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", file=out)
+        print(file=out, flush=True)
+
+
+def ask(lines: Any) -> str | None:
+    """The user's next line, or None at the end."""
+    if lines is not None:
+        return next(lines, None)
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+# eval, convert, tokenizer, data, show
+
+def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: str | None = None, progress: bool = True) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens."""
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    if tokenizer is None:
+        raise CheckpointError(f"{model}: the checkpoint has no tokenizer, a text cannot be scored")
+    source = data.JsonLines(file, field) if data.is_json_lines(file) else data.TextFiles(file)
+    length = min(context or 1024, module.config.context)
+    batches = data.scoring_batches(data.documents(source), tokenizer, context=length, batch_size=batch_size)
+    if progress:
+        from tqdm import tqdm
+        batches = tqdm(batches, desc="scoring", unit="batch", disable=None)
+    return train.evaluate(module.apply, params, batches, tokenizer.token_lengths(), module.config.vocab_size)
+
+
+def convert(source: str, target: str, *, dtype: str = "bfloat16") -> dict[str, Any]:
+    """A checkpoint of any kind that can be read, written in Hugging Face layout with weights in `dtype`."""
+    module, params, tokenizer = pretrained.load(source, dtype=dtype)
+    pretrained.save(target, module, params, tokenizer)
+    return {"family": module.config.family, "parameters": size(params), "dtype": dtype, "tokenizer": tokenizer is not None, "target": str(target)}
+
+
+def train_tokenizer(files: list[str], out: str, *, vocab_size: int = 8192, field: str | None = None) -> dict[str, Any]:
+    """A byte-level BPE tokenizer trained on text or jsonl files, written in Hugging Face layout."""
+    source = data.JsonLines(tuple(files), field) if field else data.TextFiles(tuple(files))
+    made = tokenizers.train_bpe(data.documents(source), vocab_size)
+    made.save(out)
+    return {"vocab_size": made.vocab_size, "folder": out}
+
+
+def encode(tokenizer: str, text: str) -> list[int]:
+    return open_tokenizer(tokenizer).encode(text)
+
+
+def decode_ids(tokenizer: str, ids: list[int]) -> str:
+    return open_tokenizer(tokenizer).decode(ids)
+
+
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder, a tokenizer file, a GGUF file or a known model."""
+    path = pathlib.Path(name)
+    if path.suffix in (".json", ".model") and path.is_file():
+        return tokenizers.load(path)
+    place = pretrained.locate(name)
+    _, source, _ = pretrained.open_checkpoint(place) if place.is_file() else (None, None, None)
+    found = pretrained.read_tokenizer(place, source)
+    if found is None:
+        raise CheckpointError(f"{name}: there is no tokenizer in it")
+    return found
+
+
+def prepare_data(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Builds a run's tokenizer and shards without training. -> counts."""
+    corpus = data.build(config.data, pathlib.Path(workdir) / "data", context=config.context, seed=config.seed)
+    batch = corpus.train.batch(0, config.batch_size)
+    return {"folder": str(pathlib.Path(workdir) / "data"), "vocab_size": corpus.tokenizer.vocab_size, "rows_per_epoch": corpus.train.rows_per_epoch,
+            "tokens_per_epoch": corpus.train.tokens_per_epoch, "steps_per_epoch": corpus.train.steps_per_epoch(config.batch_size),
+            "filled": float(np.mean(batch["segment_ids"] > 0)), "held_out": corpus.validation is not None}
+
+
+def show_config(config: RunConfig) -> str:
+    """The resolved configuration, a field a line."""
+    return "\n".join(as_text(config))
+
+
+def show_sharding(config: RunConfig) -> str:
+    """How the configured layout lays every weight on the devices there are."""
+    model = models.Decoder(config.model, config.compute, config.layout)
+    return explain_sharding(models.labels(model), models.abstract_params(model), from_layout(config.layout), config.layout.rules)
+
+
+def show_model(name: str) -> str:
+    """A checkpoint's configuration and parameter count, without loading its weights."""
+    config, _, _ = pretrained.open_checkpoint(pretrained.locate(name))
+    parameters = size(models.abstract_params(models.Decoder(config)))
+    return "\n".join([*as_text(config, "model"), f"parameters: {parameters:,}"])

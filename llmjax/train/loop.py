@@ -1,0 +1,188 @@
+"""The one loop: steps, logging, evaluation, checkpoints, the guard, and a clean end on SIGTERM. It knows no model, no objective and no data format."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from llmjax.core import CheckpointError
+from llmjax.train.guard import TrainingStopped, Watch
+from llmjax.train.loggers import Console, Logger
+from llmjax.train.state import State
+
+
+class Batches(Protocol):
+    """An endless iterator of batches whose place can be kept: a Grain iterator."""
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> Any: ...
+
+
+class CheckpointStore(Protocol):
+    def save(self, step: int, state: Any, extra: dict | None = None, wait: bool = False) -> None: ...
+
+
+@dc.dataclass(frozen=True)
+class Loop:
+    """What a run does and how often; steps are counted from 1. An interval of None is never. `evaluate(params) -> metrics`; `place` puts a batch on the devices.
+    flops_per_token and peak_flops (FLOP/s of all devices) make the MFU; tokens_per_step counts every position of a batch, padding too."""
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]
+    batches: Batches
+    store: CheckpointStore
+    total: int
+    log_every: int
+    eval_every: int | None
+    checkpoint_every: int | None
+    evaluate: Callable[[Any], dict[str, float]] | None
+    loggers: tuple[Logger, ...]
+    console: Console
+    watch: Watch
+    place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float
+    learning_rate: Callable[[int], float]
+    frozen: Any = None
+
+
+class Interrupted:
+    """While it is entered, SIGTERM and Ctrl-C set `now` instead of ending the process; a second Ctrl-C ends it."""
+
+    def __init__(self):
+        self.now: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupted:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {sig: signal.signal(sig, self.note) for sig in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, sig: int, _frame: Any) -> None:
+        if self.now and sig == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.now = signal.Signals(sig).name
+
+    def __exit__(self, *_: Any) -> None:
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
+
+
+def run(loop: Loop, state: State) -> tuple[State, bool]:
+    """From state.step to loop.total. -> (state, whether the run came to its end); False: a signal asked to stop, and everything is saved.
+
+    A step's metrics are read while the next one runs. Raises TrainingStopped where the guard ends the run (no checkpoint is written then: the last one is whole).
+    """
+    done = int(state.step)
+    waiting: tuple[int, dict[str, jax.Array]] | None = None
+    clock = Clock(loop)
+
+    def settle() -> None:
+        nonlocal waiting
+        if waiting is not None:
+            step, metrics = waiting
+            waiting = None
+            report(loop, clock, step, {k: float(v) for k, v in metrics.items()})
+
+    with Interrupted() as interrupted:
+        batch, place = loop.place(next(loop.batches)) if done < loop.total else None, None
+        while done < loop.total and not interrupted.now:
+            limit = loop.watch.limit()
+            if limit is not None:
+                settle()
+                limit = np.float32(loop.watch.limit())
+            place = loop.batches.get_state()
+            state, metrics = loop.step(state, batch, loop.frozen, limit)
+            done += 1
+            settle()
+            waiting = done, metrics
+            evaluating = loop.evaluate is not None and (done == loop.total or (loop.eval_every and done % loop.eval_every == 0))
+            saving = done == loop.total or (loop.checkpoint_every and done % loop.checkpoint_every == 0)
+            if saving or evaluating:
+                settle()
+            if saving:
+                save(loop, done, state, place)
+            if evaluating:
+                with clock.paused():
+                    found = {f"eval_{k}": v for k, v in loop.evaluate(state.params).items()}      # type: ignore[misc]
+                for log in loop.loggers:
+                    log(done, found)
+            if done < loop.total:
+                batch = loop.place(next(loop.batches))
+        settle()
+        if interrupted.now and done < loop.total:
+            save(loop, done, state, place)
+            loop.console.say(f"{interrupted.now}: saved at step {done} of {loop.total}; start the same command again to go on")
+    return state, done >= loop.total
+
+
+def save(loop: Loop, done: int, state: State, place: Any) -> None:
+    """`place` is the loader's state after the batch of step `done` was taken; None: nothing was done since the last checkpoint."""
+    if place is None:
+        return
+    try:
+        loop.store.save(done, state, {"loader": place, "watch": loop.watch.state()})
+    except CheckpointError as error:
+        loop.console.say(f"step {done}: {error}; training goes on")
+
+
+class Clock:
+    """Tokens per second and time left, over what was done since the last look; evaluation does not count."""
+
+    def __init__(self, loop: Loop):
+        self.last: int | None = None
+        self.loop, self.since, self.apart = loop, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.apart += time.perf_counter() - began
+
+    def look(self, step: int) -> dict[str, float]:
+        """Speed over the steps since the last call, the first step of a process (which compiles) left out."""
+        now = time.perf_counter()
+        spent, steps = now - self.since - self.apart, step - (self.last or step)
+        self.since, self.apart, self.last = now, 0.0, step
+        if steps <= 0 or spent <= 0:
+            return {}
+        rate = steps * self.loop.tokens_per_step / spent
+        return {"tokens_per_second": rate, "mfu": rate * self.loop.flops_per_token / self.loop.peak_flops, "seconds_left": (self.loop.total - step) * spent / steps}
+
+
+def report(loop: Loop, clock: Clock, step: int, metrics: dict[str, float]) -> None:
+    """Asks the guard, then logs."""
+    loop.console.tick()
+    if clock.last is None:
+        clock.look(step)
+    try:
+        told = loop.watch.look(step, metrics["loss"], bool(metrics.get("skipped")) or not math.isfinite(metrics["grad_norm"]))
+    except TrainingStopped:
+        for log in loop.loggers:
+            log(step, metrics)
+        raise
+    if told:
+        loop.console.say(told)
+    if step == 1 or step % loop.log_every == 0 or step == loop.total:
+        metrics = {**metrics, "learning_rate": float(loop.learning_rate(step - 1)), **clock.look(step), **memory()}
+        for log in loop.loggers:
+            log(step, metrics)
+
+
+def memory() -> dict[str, float]:
+    """The most memory a device of this process has had in use, in bytes, where the backend tells; on a CPU the process's own peak."""
+    found = [s["peak_bytes_in_use"] for d in jax.local_devices() if (s := d.memory_stats()) and "peak_bytes_in_use" in s]
+    if found:
+        return {"memory_peak_bytes": float(max(found))}
+    try:
+        import resource
+    except ImportError:                # not on Windows
+        return {}
+    return {"memory_peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+
