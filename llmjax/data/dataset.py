@@ -1,11 +1,12 @@
 """Batches: plans and stores become the dict that training reads, at any step, for any number of processes. The prefetching iterator is `loader.py`."""
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmjax.core.errors import ConfigError
-from llmjax.data.order import make_key, mix, proportions
+from llmjax.data.order import BLOCK, make_key, mix, proportions
 from llmjax.data.packing import Chopped, Packed, Segments, Stretches
 from llmjax.data.store import TokenStore
 from llmjax.tokenizers import Tokenizer
@@ -48,6 +49,7 @@ class Split:
         """Raises ConfigError where a mixture's part is too light to be drawn at all."""
         self.pieces, self.context, self.seed = tuple(pieces), context, seed
         self.fingerprint = f"{make_key(seed, context, [(p.store.hash, type(p.plan).__name__, p.plan.rows, p.weight) for p in pieces]):016x}"
+        self._block = functools.lru_cache(16)(self._compute_block)
         self._counts = proportions([p.weight for p in pieces])
         for i, count in enumerate(self._counts):
             if not count:
@@ -78,10 +80,17 @@ class Split:
 
     def row(self, index: int) -> tuple[int, int]:
         """Which piece and which row of its plan stands at a place of the endless order of training."""
-        pieces, rows = self._rows(np.array([index]))
+        pieces, rows = self._rows(index, 1)
         return int(pieces[0]), int(rows[0])
 
-    def _rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Piece and row at `count` places from `begin` on, out of blocks computed once (a permutation costs as much for eight places as for a thousand)."""
+        blocks = [self._block(b) for b in range(begin // BLOCK, (begin + count - 1) // BLOCK + 1)]
+        place = slice(begin % BLOCK, begin % BLOCK + count)
+        return np.concatenate([b[0] for b in blocks])[place], np.concatenate([b[1] for b in blocks])[place]
+
+    def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        index = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
         if len(self.pieces) == 1:
             piece, place = np.zeros(len(index), np.int64), index
         else:
@@ -97,8 +106,7 @@ class Split:
         """The batch of a training step, [batch_size / process_count, context]: a pure function. `batch_size` counts rows over all processes; process i of n has the i-th n-th of them.
         Raises ConfigError where it does not divide."""
         share = _share(batch_size, process_index, process_count)
-        index = np.arange(share, dtype=np.int64) + step * batch_size + process_index * share
-        pieces, rows = self._rows(index)
+        pieces, rows = self._rows(step * batch_size + process_index * share, share)
         return assemble([(self.pieces[p].store, self.pieces[p].plan.segments(r)) for p, r in zip(pieces.tolist(), rows.tolist())], self.context)
 
     def batches(self, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

@@ -45,7 +45,8 @@ def make_store(documents: Iterable[Document], folder, identity: dict, tokenizer:
         entries += [_result(w) for w in waiting]
     counts = {key: sum(e[key] for e in entries) for key in ("documents", "tokens", "bytes", "skipped")}
     if not counts["documents"]:
-        raise DataError(f"there are no documents for {folder.name}: the source is empty" + (f" ({counts['skipped']} without text were left out)" if counts["skipped"] else ""))
+        none = "the source is empty" if identity.get("part") != "validation" else f"none falls to {identity['validation']}: hold out more, or set Corpus.validation=None"
+        raise DataError(f"there are no documents for {folder.name}: {none}" + (f" ({counts['skipped']} without text were left out)" if counts["skipped"] else ""))
     for stale in folder.glob("shard-*"):
         if stale.name.split(".")[0] not in {e["name"] for e in entries}:
             stale.unlink()

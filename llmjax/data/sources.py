@@ -252,13 +252,10 @@ def signature(source: Source) -> str:
         info = tfds_builder(source).info
         digest.update(repr([info.full_name, [(name, s.num_examples, s.num_bytes) for name, s in sorted(info.splits.items())]]).encode())
         return digest.hexdigest()
-    if isinstance(source, StandardLibrary):
-        files = _library_files()
-        digest.update(sys.version.encode())
-    else:
-        suffixes = {TextFiles: getattr(source, "suffixes", ()), JsonLines: JSON_SUFFIXES, Parquet: (".parquet",)}[type(source)]
-        files = expand(source.paths, suffixes)
-    for path in files:
+    if isinstance(source, StandardLibrary):  # installed files do not change under one version
+        digest.update(repr([sys.version, [(path.name, path.stat().st_size) for path in _library_files()]]).encode())
+        return digest.hexdigest()
+    for path in _files(source):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -274,5 +271,8 @@ def size_on_disk(source: Source) -> int:
         return int(tfds_builder(source).info.splits[source.split.split("[")[0]].num_bytes)
     if isinstance(source, StandardLibrary):
         return source.max_bytes
-    suffixes = {TextFiles: getattr(source, "suffixes", ()), JsonLines: JSON_SUFFIXES, Parquet: (".parquet",)}[type(source)]
-    return sum(p.stat().st_size for p in expand(source.paths, suffixes))
+    return sum(p.stat().st_size for p in _files(source))
+
+
+def _files(source: TextFiles | JsonLines | Parquet) -> list[pathlib.Path]:
+    return expand(source.paths, {TextFiles: getattr(source, "suffixes", ()), JsonLines: JSON_SUFFIXES, Parquet: (".parquet",)}[type(source)])
