@@ -29,6 +29,8 @@ from llmjax.data.sources import documents
 from llmjax.data.store import TokenStore, open_store
 
 __all__ = [
-    "Batch", "BestFit", "Bytes", "Characters", "Chat", "Completion", "Concatenate", "Corpus", "Dataset", "Fraction", "HeldOut", "JsonLines", "Loader", "Mixture", "Parquet", "Part", "Split",
-    "StandardLibrary", "Tail", "TextFiles", "Tfds", "TokenStore", "TokenizerFile", "TrainBpe", "Windows", "build", "documents", "make_tokenizer", "open_store", "scored_bytes", "scoring_batches",
+    "Batch", "BestFit", "Bytes", "Characters", "Chat", "Completion", "Concatenate", "Corpus", "Dataset", "Fraction", "HeldOut", "JsonLines", "Loader", "Mixture", "Parquet",
+    "Part", "Split", "StandardLibrary",
+    "Tail", "TextFiles", "Tfds", "TokenStore", "TokenizerFile", "TrainBpe", "Windows", "build", "documents", "make_tokenizer", "open_store", "scored_bytes",
+    "scoring_batches",
 ]

@@ -54,7 +54,8 @@ def build(corpus: Corpus, folder, *, context: int, seed: int, progress: bool = T
 
 
 def make_tokenizer(corpus: Corpus, folder, signatures: list[str] | None = None, progress: bool = True) -> Tokenizer:
-    """The corpus' tokenizer: read from its file, or trained on the training part and kept in `folder/tokenizer`. Raises DataError where the folder keeps one made from something else."""
+    """The corpus' tokenizer: read from its file, or trained on the training part and kept in `folder/tokenizer`. Raises DataError where the folder keeps one made from something
+    else."""
     spec, folder = corpus.tokenizer, pathlib.Path(folder)
     if isinstance(spec, TokenizerFile):
         return tokenizers.load(spec.path)
@@ -67,7 +68,8 @@ def make_tokenizer(corpus: Corpus, folder, signatures: list[str] | None = None, 
         before = read_json(record)
         for name, value in made_from.items():
             if before.get(name) != value:
-                raise DataError(f"the tokenizer in {home} was made from other {name} ({str(before.get(name))[:80]}, now {str(value)[:80]}): delete the folder {folder}, or use another one")
+                raise DataError(f"the tokenizer in {home} was made from other {name} ({str(before.get(name))[:80]}, now {str(value)[:80]}): "
+                                f"delete the folder {folder}, or use another one")
         return tokenizers.load(home)
     made = _characters(corpus) if isinstance(spec, Characters) else _bpe(corpus, spec, progress)
     part = folder / "tokenizer.partial"

@@ -32,8 +32,8 @@ Field = str | Chat | Completion
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Plain UTF-8 files. `paths`: files, globs, or folders (all files below whose name ends in one of `suffixes`); `.gz` and `.zst` are unpacked. One document per file, or per stretch
-    between two `split`s (for instance "\\n\\n" or "<|endoftext|>")."""
+    """Plain UTF-8 files. `paths`: files, globs, or folders (all files below whose name ends in one of `suffixes`); `.gz` and `.zst` are unpacked. One document per file, or per
+    stretch between two `split`s (for instance "\\n\\n" or "<|endoftext|>")."""
     paths: tuple[str, ...] | str
     split: str | None = None
     suffixes: tuple[str, ...] = (".txt", ".md")
@@ -55,7 +55,8 @@ class Parquet:
 
 @dataclass(frozen=True)
 class Tfds:
-    """A TFDS data set prepared as array_record or parquet, read without TensorFlow. `data_dir` is TFDS' own folder of data sets, or the folder of one prepared version (then `name` may be None)."""
+    """A TFDS data set prepared as array_record or parquet, read without TensorFlow. `data_dir` is TFDS' own folder of data sets, or the folder of one prepared version (then
+    `name` may be None)."""
     name: str | None = None
     split: str = "train"
     data_dir: str | None = None
@@ -64,8 +65,8 @@ class Tfds:
 
 @dataclass(frozen=True)
 class StandardLibrary:
-    """Text that is on every machine with Python: the sources of the running Python's own standard library (English documentation strings and comments, and code), a document per module, in
-    the order of their names, up to `max_bytes`. Tests, generated tables and vendored packages are left out. Another version of Python has other text."""
+    """Text that is on every machine with Python: the sources of the running Python's own standard library (English documentation strings and comments, and code), a document per
+    module, in the order of their names, up to `max_bytes`. Tests, generated tables and vendored packages are left out. Another version of Python has other text."""
     max_bytes: int = 12_000_000
 
 

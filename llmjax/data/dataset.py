@@ -12,7 +12,8 @@ from llmjax.data.store import TokenStore
 from llmjax.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
-"""tokens, targets, positions, segment_ids int32 and weights float32, all [B, T]. Segment 0 is padding, documents are 1, 2, …; positions begin at 0 in each; weight 0 where nothing is learnt."""
+"""tokens, targets, positions, segment_ids int32 and weights float32, all [B, T]. Segment 0 is padding, documents are 1, 2, …; positions begin at 0 in each; weight 0 where
+nothing is learnt."""
 
 
 def assemble(rows: Sequence[tuple[TokenStore, Segments]], context: int) -> Batch:
@@ -103,7 +104,8 @@ class Split:
         return piece, rows
 
     def batch(self, step: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The batch of a training step, [batch_size / process_count, context]: a pure function. `batch_size` counts rows over all processes; process i of n has the i-th n-th of them.
+        """The batch of a training step, [batch_size / process_count, context]: a pure function. `batch_size` counts rows over all processes; process i of n has
+        the i-th n-th of them.
         Raises ConfigError where it does not divide."""
         share = _share(batch_size, process_index, process_count)
         pieces, rows = self._rows(step * batch_size + process_index * share, share)

@@ -17,11 +17,13 @@ class _Steps:
 
 
 class Loader:
-    """An endless iterator of batches. `get_state()` is JSON and says where the next one comes from; after `set_state` the same batches follow, bit for bit, on any number of processes."""
+    """An endless iterator of batches. `get_state()` is JSON and says where the next one comes from; after `set_state` the same batches follow, bit for bit, on any number of
+    processes."""
 
     def __init__(self, split, batch_size: int, start_step: int, process_index: int, process_count: int, prefetch: int):
         """Raises ConfigError where batch_size does not divide over the processes."""
         import grain
+
         from llmjax.data.dataset import _share
         _share(batch_size, process_index, process_count)
         source = grain.MapDataset.source(_Steps(split, batch_size, process_index, process_count))

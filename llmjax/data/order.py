@@ -22,8 +22,8 @@ def scramble(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each of `index` (in [0, size)) goes in a random permutation of `size` that the key decides: int64. No table: a Feistel network over the next even number of bits, walked until it
-    lands inside (Black & Rogaway 2002)."""
+    """Where each of `index` (in [0, size)) goes in a random permutation of `size` that the key decides: int64. No table: a Feistel network over the next even number of bits,
+    walked until it lands inside (Black & Rogaway 2002)."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = [make_key(key, round) for round in range(6)]

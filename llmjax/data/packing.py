@@ -1,5 +1,6 @@
-"""Rows out of documents, planned over lengths before anything is read. A plan answers `segments(row) -> [(start, length, goes_on)]`: stretches of the store that stand in the row one after the
-other; `goes_on` where the document has more after it (its next token is the last target). No tokens are touched here."""
+"""Rows out of documents, planned over lengths before anything is read. A plan answers `segments(row) -> [(start, length, goes_on)]`: stretches of the store that stand in the
+row one after the other; `goes_on` where the document has more after it (its next token is the last target). No tokens are touched here."""
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,8 +47,8 @@ class Packed:
 
 
 def best_fit(document_starts: np.ndarray, context: int) -> Packed:
-    """Best-fit decreasing (Johnson 1973) over documents cut to `context`: the longest first, each into the fullest row that still takes it. Items of one length are placed together, so the work
-    goes with lengths times row fillings, not with documents."""
+    """Best-fit decreasing (Johnson 1973) over documents cut to `context`: the longest first, each into the fullest row that still takes it. Items of one length are placed
+    together, so the work goes with lengths times row fillings, not with documents."""
     begins, sizes = np.asarray(document_starts[:-1], np.int64), np.diff(document_starts).astype(np.int64)
     full, rest = sizes // context, sizes % context
     owner = np.repeat(np.arange(len(sizes)), full)
@@ -129,7 +130,7 @@ class Chopped:
         a, b = np.searchsorted(self.document_starts, [begin, end], "right")
         cuts = [begin, *(c for c in self.document_starts[a:b].tolist() if begin < c < end), end]
         last_goes_on = bool(self.document_starts[np.searchsorted(self.document_starts, end)] != end)
-        return [(x, y - x, last_goes_on if y == end else False) for x, y in zip(cuts, cuts[1:]) if y > x]
+        return [(x, y - x, last_goes_on if y == end else False) for x, y in itertools.pairwise(cuts) if y > x]
 
 
 @dataclass

@@ -16,8 +16,8 @@ GROUP_BYTES = 4_000_000
 
 
 def scoring_batches(documents: Iterable[str], tokenizer: Tokenizer, *, context: int, batch_size: int) -> Iterator[Batch]:
-    """Batches [batch_size, context] of documents packed whole (over-long ones in stretches, each beginning anew). Before each document stands bos (else eos, else nothing: then its first token is
-    not scored), so that every byte of it is predicted. Bytes scored: `scored_bytes`.
+    """Batches [batch_size, context] of documents packed whole (over-long ones in stretches, each beginning anew). Before each document stands bos (else eos, else nothing: then
+    its first token is not scored), so that every byte of it is predicted. Bytes scored: `scored_bytes`.
 
     Raises DataError without a document and for an empty one, ConfigError for a context under 2."""
     if context < 2:

@@ -19,8 +19,10 @@ POOL_BYTES = 64 << 20
 """Text under this is tokenised in this process (the library uses all cores there); starting others would take longer."""
 
 
-def make_store(documents: Iterable[Document], folder, identity: dict, tokenizer: Tokenizer, *, separator: str | None, empty: str, shard_bytes: int, workers: int, bar=None) -> TokenStore:
-    """The store of these documents, made if it does not stand already. `identity` says what decides its contents, by name; `workers` processes; `bar` is told bytes of text as they pass.
+def make_store(documents: Iterable[Document], folder, identity: dict, tokenizer: Tokenizer, *, separator: str | None, empty: str, shard_bytes: int, workers: int,
+               bar=None) -> TokenStore:
+    """The store of these documents, made if it does not stand already. `identity` says what decides its contents, by name; `workers` processes; `bar` is told bytes of text as
+    they pass.
 
     Raises what `tokenize` and `open_store` do, and DataError for a source without documents."""
     folder = pathlib.Path(folder)
@@ -83,7 +85,8 @@ def _result(waiting) -> dict:
     return waiting.result() if isinstance(waiting, Future) else waiting
 
 
-def write_shard(documents: list[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str, dtype: str, separator: str | None, empty: str, made_by: str, text_hash: str) -> dict:
+def write_shard(documents: list[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str, dtype: str, separator: str | None, empty: str, made_by: str,
+                text_hash: str) -> dict:
     """Tokenises and writes one shard, its `.json` last. -> the entry for the manifest."""
     ids, masks, sizes, skipped = tokenize(documents, tokenizer, separator, empty)
     arrays = {"tokens": np.concatenate([np.zeros(0, np.uint32), *ids]).astype(dtype), "ends": np.cumsum([len(i) for i in ids], dtype=np.int64)}

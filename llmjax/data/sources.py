@@ -1,4 +1,5 @@
-"""Reading documents from files: paths to records, records to what is learnt. Order is deterministic. Not here: ids (`tokenize.py`), splits into training and held-out text (`split.py`)."""
+"""Reading documents from files: paths to records, records to what is learnt. Order is deterministic. Not here: ids (`tokenize.py`), splits into training and held-out text
+(`split.py`)."""
 import dataclasses
 import glob
 import gzip
@@ -109,7 +110,8 @@ def learnt(record: dict, field: Field, place: str) -> Document:
 def records(source) -> Iterator[Document]:
     """The documents of one source, in a fixed order.
 
-    Raises FileNotFoundError for a path that is not there, DataError for text that is not UTF-8, a damaged file, a line that is no JSON object, a missing field (place and line named)."""
+    Raises FileNotFoundError for a path that is not there, DataError for text that is not UTF-8, a damaged file, a line that is no JSON object, a missing field (place and line
+    named)."""
     raise ConfigError(f"{type(source).__name__} is not a source of documents")
 
 

@@ -1,7 +1,7 @@
 """Token shards: memory-mapped ids with an index of documents and a manifest. Reading and checking here; making them in `build.py`.
 
-A store is a folder: `shard-00000.tokens` (uint16 or uint32), `.ends` (int64: where each document ends in the shard), `.mask` (uint8, where not all is learnt), `.json` (counts and hashes of the
-three), and `manifest.json`, which stands once all is done and names what the shards were made from.
+A store is a folder: `shard-00000.tokens` (uint16 or uint32), `.ends` (int64: where each document ends in the shard), `.mask` (uint8, where not all is learnt), `.json` (counts
+and hashes of the three), and `manifest.json`, which stands once all is done and names what the shards were made from.
 """
 import hashlib
 import json

@@ -81,7 +81,8 @@ def render(template: str, messages: list[dict], **variables) -> str:
 
 
 def choose(templates: str | Mapping[str, str] | None, name: str | None, tools) -> str:
-    """One template of those a tokenizer has: the named one, else `tool_use` where tools are given, else `default`. Raises ConfigError where there is none or it is not clear which."""
+    """One template of those a tokenizer has: the named one, else `tool_use` where tools are given, else `default`. Raises ConfigError where there is none or it is not clear
+    which."""
     if templates is None:
         raise ConfigError("this tokenizer has no chat template: give it one, tokenizer.with_chat_template(...) (llmjax.tokenizers.CHATML is a common one)")
     if isinstance(templates, str):

@@ -1,6 +1,8 @@
-"""Vocabularies in GGUF metadata, rebuilt so that they give the same ids as llama.cpp: `gpt2` (byte-level BPE with merges), `llama` (SentencePiece scores), `gemma4` (BPE over ▁ text).
+"""Vocabularies in GGUF metadata, rebuilt so that they give the same ids as llama.cpp: `gpt2` (byte-level BPE with merges), `llama` (SentencePiece scores), `gemma4` (BPE over ▁
+text).
 
-The regular expressions are those of llama.cpp's `llama-vocab.cpp` (MIT), which approximates a few of the originals. Not here: reading the file (the caller gives its metadata as a dict).
+The regular expressions are those of llama.cpp's `llama-vocab.cpp` (MIT), which approximates a few of the originals. Not here: reading the file (the caller gives its metadata as
+a dict).
 """
 import warnings
 from collections.abc import Mapping
@@ -18,7 +20,8 @@ _QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p
 # llama.cpp writes \p{Lu}… and \p{Ll}… as "a letter that is not a-z" and "a letter that is not A-Z"
 _UPPER, _LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
 _TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|" + _TAIL
-_GPT4O = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|" + _TAIL
+_GPT4O = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|" \
+         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|" + _TAIL
 # Escaped: several of these characters turn into others when a text is normalised
 _DEEPSEEK_LETTERS = r"\s?" + (
     "[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c"
@@ -37,8 +40,8 @@ _DEEPSEEK3 = (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
 
 _SPLITS = {  # `tokenizer.ggml.pre` names -> regular expressions, one after the other
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    ("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum", "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo", "jais",
-     "exaone4", "trillion", "granite-docling"): (_GPT2,),
+    ("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum", "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt",
+     "olmo", "jais", "exaone4", "trillion", "granite-docling"): (_GPT2,),
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "glm5"): (_LLAMA3,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): (r"\p{N}", _GPT2),
     ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"): (_QWEN2,),
@@ -66,7 +69,8 @@ ADD_BOS = frozenset(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", 
 
 
 def from_gguf(fields: Mapping) -> Tokenizer:
-    """The tokenizer of a GGUF file. `fields`: its metadata, key -> Python value (`tokenizer.ggml.tokens` list[str], `.scores` list[float], `.token_type` list[int], `.merges` list[str], ...).
+    """The tokenizer of a GGUF file. `fields`: its metadata, key -> Python value (`tokenizer.ggml.tokens` list[str], `.scores` list[float], `.token_type` list[int], `.merges`
+    list[str], ...).
 
     Raises CheckpointError for a missing key, lists of different lengths, an unknown `tokenizer.ggml.model` or `tokenizer.ggml.pre`."""
     def field(name: str):
@@ -132,7 +136,8 @@ def _byte_level(fields: Mapping, texts, types, merges, strip_right):
     from tokenizers import Regex, decoders, models, pre_tokenizers
     pre = fields.get("tokenizer.ggml.pre")
     if pre is None:
-        warnings.warn("this GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre): 'default' is used, as llama.cpp does; ids may differ from those the model was trained on", stacklevel=3)
+        warnings.warn("this GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre): 'default' is used, as llama.cpp does; "
+                      "ids may differ from those the model was trained on", stacklevel=3)
         pre = "default"
     if pre not in SPLITS:
         raise CheckpointError(f"tokenizer.ggml.pre {pre!r} is not a pre-tokenizer that can be rebuilt{nearest(pre, SPLITS)}")

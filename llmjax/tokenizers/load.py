@@ -10,8 +10,8 @@ ROLES = ("bos", "eos", "pad", "unk")
 
 
 def load(path) -> Tokenizer:
-    """The tokenizer at `path`: a folder (`tokenizer.json` before `tokenizer.model`, with `tokenizer_config.json`, `special_tokens_map.json`, chat templates), or one of the two files.
-    Of a single file the folder's other files are not read: it has no bos, eos or chat template besides what is inside.
+    """The tokenizer at `path`: a folder (`tokenizer.json` before `tokenizer.model`, with `tokenizer_config.json`, `special_tokens_map.json`, chat templates), or one of the two
+    files. Of a single file the folder's other files are not read: it has no bos, eos or chat template besides what is inside.
 
     Raises FileNotFoundError where nothing is there, CheckpointError for a damaged file."""
     path = pathlib.Path(path).expanduser()
@@ -72,9 +72,11 @@ def _add_missing(backend, config: dict, added: dict, folder: pathlib.Path):
     for id, token in sorted(listed.items()):
         text = token["content"]
         if backend.token_to_id(text) is None:
-            backend.add_tokens([AddedToken(text, lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False), normalized=token.get("normalized", False), special=token.get("special", True))])
+            backend.add_tokens([AddedToken(text, lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False), normalized=token.get("normalized", False),
+                                           special=token.get("special", True))])
         if backend.token_to_id(text) != id:
-            raise CheckpointError(f"{folder}: added token {text!r} is said to be {id}, but stands at {backend.token_to_id(text)} in the vocabulary: the files do not belong together")
+            raise CheckpointError(f"{folder}: added token {text!r} is said to be {id}, but stands at {backend.token_to_id(text)} in the vocabulary: "
+                                  "the files do not belong together")
 
 
 def _templates(folder: pathlib.Path, config: dict) -> str | dict[str, str] | None:

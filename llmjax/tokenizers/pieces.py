@@ -1,6 +1,7 @@
 """SentencePiece vocabularies, wherever they come from, as objects of the `tokenizers` library: pieces with scores and types in, the same ids out as the original.
 
-BPE there merges the adjacent pair whose joined piece has the best score; here that becomes an explicit list of merges ordered by score. Not here: reading files (`sentencepiece.py`, `gguf.py`).
+BPE there merges the adjacent pair whose joined piece has the best score; here that becomes an explicit list of merges ordered by score. Not here: reading files
+(`sentencepiece.py`, `gguf.py`).
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Pieces:
     remove_extra_spaces: bool = False
     charsmap: bytes = b""
     escape_spaces: bool = True
-    prefix_scheme: str = "always"     # "always": before each stretch between special tokens; "first": before the text only, unless a space stands there (transformers' legacy=False)
+    prefix_scheme: str = "always"  # before each stretch between special tokens; "first": before the text only, unless a space stands there (transformers' legacy=False)
 
 
 def merges_of(texts: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
@@ -52,7 +53,8 @@ def unique_texts(texts: Sequence[str], origin: str) -> dict[str, int]:
 def add_special(backend, texts: Sequence[str], types: Sequence[int], strip_right=frozenset()):
     """Tells the library which tokens are recognised in a text before all else: control and unknown ones as special, user-defined ones as plain."""
     from tokenizers import AddedToken
-    backend.add_tokens([AddedToken(texts[id], normalized=False, special=type != USER_DEFINED, rstrip=id in strip_right) for id, type in enumerate(types) if type in (CONTROL, UNKNOWN, USER_DEFINED)])
+    backend.add_tokens([AddedToken(texts[id], normalized=False, special=type != USER_DEFINED, rstrip=id in strip_right)
+                        for id, type in enumerate(types) if type in (CONTROL, UNKNOWN, USER_DEFINED)])
 
 
 def wrap_ids(backend, texts: Sequence[str], bos_id: int | None, eos_id: int | None):

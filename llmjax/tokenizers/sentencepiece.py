@@ -1,4 +1,5 @@
-"""SentencePiece `.model` files (BPE and Unigram, byte fallback, normalisation tables), the same ids as the `sentencepiece` library. The vocabulary itself is built in `pieces.py`."""
+"""SentencePiece `.model` files (BPE and Unigram, byte fallback, normalisation tables), the same ids as the `sentencepiece` library. The vocabulary itself is built in
+`pieces.py`."""
 import pathlib
 
 from llmjax.core.errors import CheckpointError
@@ -7,7 +8,8 @@ from llmjax.tokenizers.tokenizer import Tokenizer
 
 
 def read(path, *, add_bos: bool = False, add_eos: bool = False, prefix_scheme: str = "always", chat_template=None) -> Tokenizer:
-    """The tokenizer in a SentencePiece model file. `add_bos` and `add_eos` say what `encode(add_special_tokens=True)` puts around (transformers keeps that in `tokenizer_config.json`).
+    """The tokenizer in a SentencePiece model file. `add_bos` and `add_eos` say what `encode(add_special_tokens=True)` puts around (transformers keeps that in
+    `tokenizer_config.json`).
 
     Control symbols (`<s>`) that stand in a text become their ids, as in transformers; the library itself spells them out.
     Raises FileNotFoundError, CheckpointError for a damaged file or a kind of model that is not BPE or Unigram."""

@@ -26,7 +26,8 @@ class ByteStream:
 
 
 class WholeStream:
-    """For tokenizers whose decoder looks at neighbours (WordPiece and the like): decodes all ids so far and gives what was added. A text that the decoder later changes is held back until `flush`."""
+    """For tokenizers whose decoder looks at neighbours (WordPiece and the like): decodes all ids so far and gives what was added. A text that the decoder later changes is held
+    back until `flush`."""
 
     def __init__(self, decode):
         self._decode, self._ids, self._sent = decode, [], ""

@@ -30,7 +30,8 @@ class Tokenizer:
     (`with_chat_template` gives a new one).
     """
 
-    def __init__(self, backend, *, bos: str | None = None, eos: str | None = None, pad: str | None = None, unk: str | None = None, chat_template: str | Mapping[str, str] | None = None):
+    def __init__(self, backend, *, bos: str | None = None, eos: str | None = None, pad: str | None = None, unk: str | None = None,
+                 chat_template: str | Mapping[str, str] | None = None):
         """`backend` is a `tokenizers.Tokenizer`; bos, eos, pad, unk are texts of tokens. Raises CheckpointError for one that is not in the vocabulary."""
         backend.no_padding()
         backend.no_truncation()
@@ -84,7 +85,8 @@ class Tokenizer:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as wrong:
-                return DataError(f"the text holds half a surrogate pair, {text[wrong.start]!r} at character {wrong.start}, which is no Unicode text: decode it from its bytes again")
+                return DataError(f"the text holds half a surrogate pair, {text[wrong.start]!r} at character {wrong.start}, which is no Unicode text: "
+                                 "decode it from its bytes again")
         if "[UNK]" in str(error) or "unk" in str(error).lower():
             known = self.backend.get_vocab()
             strange = next((c for text in texts for c in text if c not in known), "?")
@@ -109,7 +111,8 @@ class Tokenizer:
         """An incremental detokeniser: `.push(id) -> str`, `.flush() -> str`. `after` are ids that already stand (a prompt): their text is not given again, but the text that
         follows reads as a continuation of them (SentencePiece keeps its space then)."""
         skip = self._special_ids if skip_special_tokens else frozenset()
-        made = WholeStream(lambda ids: self.backend.decode(ids, skip_special_tokens=skip_special_tokens)) if self._kind == "whole" else ByteStream(self.token_bytes, skip, self._strip)
+        whole = WholeStream(lambda ids: self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        made = whole if self._kind == "whole" else ByteStream(self.token_bytes, skip, self._strip)
         for id in after:
             made.push(int(id))
         return made
@@ -164,7 +167,8 @@ class Tokenizer:
         Raises ConfigError without a template, DataError for a conversation it refuses."""
         messages, tools = chat.check_messages(messages), chat._plain(tools)
         named = {f"{role}_token": text for role, text in self._names.items() if text is not None}
-        return chat.render(chat.choose(self.chat_template, template, tools), messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **(named | variables))
+        return chat.render(chat.choose(self.chat_template, template, tools), messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
+                           **(named | variables))
 
     def apply_chat_template(self, messages, add_generation_prompt: bool = False, tools=None, **variables) -> list[int]:
         """`encode(render_chat(...))`: the template writes its own bos."""
@@ -185,8 +189,9 @@ class Tokenizer:
             for what, part in (("before", before), ("through", after)):
                 if ids[:len(part)] != part:
                     at = next((k for k, (a, b) in enumerate(zip(ids, part)) if a != b), min(len(ids), len(part)))
-                    raise DataError(f"the chat template does not render the conversation {what} message {i} (assistant) as a beginning of the whole: they part at token {at}, "
-                                    f"{self.decode(part[max(0, at - 3):at + 4])!r} against {self.decode(ids[max(0, at - 3):at + 4])!r}; split the conversation so that it ends with this turn, "
+                    raise DataError(f"the chat template does not render the conversation {what} message {i} (assistant) as a beginning of the whole: "
+                                    f"they part at token {at}, {self.decode(part[max(0, at - 3):at + 4])!r} against {self.decode(ids[max(0, at - 3):at + 4])!r}; "
+                                    "split the conversation so that it ends with this turn, "
                                     "or use a template that keeps earlier turns as they were")
             mask[len(before):len(after)] = [True] * max(0, len(after) - len(before))
         if not any(mask):
@@ -201,7 +206,8 @@ class Tokenizer:
     # files
 
     def save(self, folder) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (several: `additional_chat_templates/`): transformers and `load` read the same ids from them."""
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (several: `additional_chat_templates/`): transformers and `load` read the same ids from
+        them."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": int(1e30)}
@@ -220,7 +226,8 @@ class Tokenizer:
 
 
 def _decoder_kind(decoder) -> tuple[str, bool]:
-    """How pieces become text: byte_level | sentencepiece (▁ and <0xXX>) | pieces (joined as they stand) | whole (the library's decoder sees all ids); and whether the first space goes."""
+    """How pieces become text: byte_level | sentencepiece (▁ and <0xXX>) | pieces (joined as they stand) | whole (the library's decoder sees all ids); and whether the first
+    space goes."""
     if decoder is None:
         return "whole", False
     state = json.loads(decoder.__getstate__())

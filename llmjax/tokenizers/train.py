@@ -43,8 +43,10 @@ def bytes_tokenizer(special_tokens: Sequence[str] = (END,), *, eos: str | None =
     return Tokenizer(backend, eos=eos, bos=bos, pad=pad)
 
 
-def characters_tokenizer(texts: Iterable[str], special_tokens: Sequence[str] = (), *, eos: str | None = None, bos: str | None = None, pad: str | None = None, unk: str | None = None) -> Tokenizer:
-    """Every character that the texts hold, in code point order, then the special tokens. A character that was not there is an error to encode, unless `unk` names a special token for it.
+def characters_tokenizer(texts: Iterable[str], special_tokens: Sequence[str] = (), *, eos: str | None = None, bos: str | None = None, pad: str | None = None,
+                         unk: str | None = None) -> Tokenizer:
+    """Every character that the texts hold, in code point order, then the special tokens. A character that was not there is an error to encode, unless `unk` names a special
+    token for it.
     Raises ConfigError for an eos, bos, pad, unk that is no special token, DataError for no text."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers

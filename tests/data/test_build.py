@@ -124,7 +124,8 @@ def test_something_else_in_the_folder(source, tmp_path):
     corpus = data.Corpus(source, data.TrainBpe(300), None)
     make(corpus, tmp_path / "d")
     tokenizers.bytes_tokenizer().save(tmp_path / "t")
-    for change, words in ((dict(tokenizer=data.TrainBpe(310)), "other tokenizer"), (dict(tokenizer=data.TokenizerFile(str(tmp_path / "t"))), "another tokenizer"), (dict(separator=None), "another separator"),
+    for change, words in ((dict(tokenizer=data.TrainBpe(310)), "other tokenizer"), (dict(tokenizer=data.TokenizerFile(str(tmp_path / "t"))), "another tokenizer"),
+                          (dict(separator=None), "another separator"),
                           (dict(validation=data.Fraction(0.5)), "other validation")):
         with pytest.raises(DataError, match=words):
             make(dataclasses.replace(corpus, **change), tmp_path / "d")
@@ -168,7 +169,8 @@ def test_mixture_of_kinds(source, tmp_path):
 
 @pytest.mark.parametrize("corpus, knobs, error, words", [
     (lambda s: data.Corpus(s, data.Characters()), {}, ConfigError, "no eos token"), (lambda s: data.Corpus(s), {"context": 1}, ConfigError, "context 1"),
-    (lambda s: data.Corpus(s, data.Bytes(), data.Fraction(1e-9)), {}, DataError, "no documents for validation.*hold out more"), (lambda s: data.Corpus(s, data.TrainBpe(100)), {}, ConfigError, "vocab_size 100"),
+    (lambda s: data.Corpus(s, data.Bytes(), data.Fraction(1e-9)), {}, DataError, "no documents for validation.*hold out more"),
+    (lambda s: data.Corpus(s, data.TrainBpe(100)), {}, ConfigError, "vocab_size 100"),
     (lambda s: data.Corpus(s), {"workers": 0}, ConfigError, "workers 0"),
 ])
 def test_errors(source, corpus, knobs, error, words, tmp_path):

@@ -74,7 +74,7 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "messages": turns}), tmp_path / "x.parquet")
     assert list(data.documents(data.Parquet(str(tmp_path)))) == TEXTS
     assert [d.content for d in records(data.Parquet(str(tmp_path), data.Chat()))] == turns
-    with pytest.raises(DataError, match="'txt'; did you mean 'text'"):
+    with pytest.raises(DataError, match=r"'txt'; did you mean 'text'"):
         list(records(data.Parquet(str(tmp_path), "txt")))
 
 
@@ -84,7 +84,7 @@ def test_tfds(tiny_tfds):
         assert sorted(data.documents(source)) == sorted(TEXTS)  # TFDS shuffles by key when it writes
     assert list(data.documents(data.Tfds("tiny", "test", str(root)))) == TEXTS[:1]
     assert sorted(d.content[1]["content"] for d in records(data.Tfds("tiny", data_dir=str(root), field=data.Chat()))) == sorted(TEXTS)
-    with pytest.raises(DataError, match="'trian'.*did you mean 'train'"):
+    with pytest.raises(DataError, match=r"'trian'.*did you mean 'train'"):
         list(records(data.Tfds("tiny", "trian", str(root))))
     with pytest.raises(FileNotFoundError, match="nothere"):
         list(records(data.Tfds("nothere", data_dir=str(root))))
@@ -95,7 +95,8 @@ def test_tfds(tiny_tfds):
 def test_no_tensorflow(tiny_tfds):
     import subprocess
     import sys
-    program = f"import sys; from llmjax import data; print(len(list(data.documents(data.Tfds(data_dir={str(tiny_tfds[1])!r}))))); assert not {{'tensorflow', 'torch'}} & set(sys.modules)"
+    program = "import sys; from llmjax import data\n" \
+              f"print(len(list(data.documents(data.Tfds(data_dir={str(tiny_tfds[1])!r}))))); assert not {{'tensorflow', 'torch'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "4", done.stderr[-500:]
 
@@ -115,8 +116,10 @@ def test_chat_and_completion(tmp_path):
 
 
 BAD = [
-    (b'{"text": "a"}\n{"text" "b"}', "text", "line 2 is no JSON"), (b'{"text": "a"}\n[1]', "text", "line 2 is a JSON list"), (b'{"txt": "a"}', "text", "no field 'text'; did you mean 'txt'"),
-    (b'{"text": 3}', "text", "'text' is int, not text"), (b'{"text": "\xff"}', "text", "not UTF-8: byte 0xff at offset 10"), (b'{"messages": "x"}', data.Chat(), "'messages' is str"),
+    (b'{"text": "a"}\n{"text" "b"}', "text", "line 2 is no JSON"), (b'{"text": "a"}\n[1]', "text", "line 2 is a JSON list"),
+    (b'{"txt": "a"}', "text", "no field 'text'; did you mean 'txt'"),
+    (b'{"text": 3}', "text", "'text' is int, not text"), (b'{"text": "\xff"}', "text", "not UTF-8: byte 0xff at offset 10"),
+    (b'{"messages": "x"}', data.Chat(), "'messages' is str"),
     (b'{"messages": [{"content": "x"}]}', data.Chat(), "message 0"), (b'{"prompt": "x"}', data.Completion(), "no field 'completion'"),
 ]
 
@@ -129,7 +132,8 @@ def test_bad_lines(content, field, words, tmp_path):
     assert "x.jsonl, line" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, content", [("x.jsonl.gz", gzip.compress(lines())[:-20]), ("x.jsonl.gz", b"nothing"), ("x.jsonl.zst", b"nothing at all"), ("x.parquet", b"PAR1nothing")])
+@pytest.mark.parametrize("name, content", [("x.jsonl.gz", gzip.compress(lines())[:-20]), ("x.jsonl.gz", b"nothing"), ("x.jsonl.zst", b"nothing at all"),
+                                           ("x.parquet", b"PAR1nothing")])
 def test_damaged_files(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="damaged"):

@@ -5,10 +5,12 @@ from llmjax import tokenizers
 from llmjax.core.errors import ConfigError, DataError
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]")
-LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+          "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
           "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}")
 SMOL = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TOOLS = """{%- set ns = namespace(found=false) %}
 {%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -23,7 +25,8 @@ TOOLS = """{%- set ns = namespace(found=false) %}
     {%- endif %}
 {% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
-CONVERSATION = [{"role": "user", "content": "What is <b>2+2</b>? ünï"}, {"role": "assistant", "content": "4.\n\n  Four"}, {"role": "user", "content": "Sure? 🙂"}, {"role": "assistant", "content": "Yes"}]
+CONVERSATION = [{"role": "user", "content": "What is <b>2+2</b>? ünï"}, {"role": "assistant", "content": "4.\n\n  Four"}, {"role": "user", "content": "Sure? 🙂"},
+                {"role": "assistant", "content": "Yes"}]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """SentencePiece models, trained here in seconds: the same ids as the `sentencepiece` library on hard text, and as `transformers`."""
 import io
+import json
 
 import pytest
 import sentencepiece
@@ -10,14 +11,16 @@ from llmjax import tokenizers
 
 def train(kind, **knobs):
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS * 3), model_writer=model, model_type=kind, vocab_size=400 if kind == "bpe" else 360, minloglevel=2, num_threads=1,
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS * 3), model_writer=model, model_type=kind, vocab_size=400 if kind == "bpe" else 360, minloglevel=2,
+                                             num_threads=1,
                                              **({"byte_fallback": True, "hard_vocab_limit": False} | knobs))
     return model.getvalue()
 
 
 LLAMA = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
 KINDS = {"llama": ("bpe", LLAMA), "gemma": ("bpe", LLAMA | dict(add_dummy_prefix=False, user_defined_symbols=["▁▁", "<turn>"])), "bpe nfkc": ("bpe", {}),
-         "bpe, no bytes": ("bpe", LLAMA | dict(byte_fallback=False)), "unigram": ("unigram", {}), "unigram identity": ("unigram", LLAMA), "unigram, no bytes": ("unigram", dict(byte_fallback=False))}
+         "bpe, no bytes": ("bpe", LLAMA | dict(byte_fallback=False)), "unigram": ("unigram", {}), "unigram identity": ("unigram", LLAMA), "unigram, no bytes": ("unigram",
+             dict(byte_fallback=False))}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -50,8 +53,9 @@ def test_a_changed_score_is_noticed(tmp_path):
 def test_special_tokens_and_saving_as_transformers(tmp_path):
     import transformers
     (tmp_path / "tokenizer.model").write_bytes(train("bpe", **LLAMA))
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": {"%d": {"content": "<extra>", "special": true}}}' %
-                                                    tokenizers.load(tmp_path / "tokenizer.model").vocab_size)
+    size = tokenizers.load(tmp_path / "tokenizer.model").vocab_size
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": {size: {"content": "<extra>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = tokenizers.load(tmp_path)
     assert ours.encode("a", add_special_tokens=True)[0] == ours.bos_id == 1
     assert ours.encode("x<extra>y</s>")[-1] == ours.eos_id and ours.special_tokens["<extra>"] in ours.encode("x<extra>y")
@@ -73,5 +77,5 @@ def test_damaged(content, tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.model"):
         tokenizers.load(tmp_path / "gone.model")
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json"):
         tokenizers.load(tmp_path)
