@@ -102,7 +102,8 @@ def to_model_config(file: Gguf) -> ModelConfig:
 
 
 def table(file: Gguf) -> Table:
-    return architecture(file).table
+    arch = architecture(file)
+    return arch.experts if file.fields.get(f"{file.fields['general.architecture']}.expert_count") and arch.experts else arch.table
 
 
 def architecture(file: Gguf) -> Architecture:
@@ -211,13 +212,15 @@ def read_gemma3(m: Meta) -> ModelConfig:
 
 @dc.dataclass(frozen=True)
 class Architecture:
-    """read: metadata -> ModelConfig. table: its tensors."""
+    """read: metadata -> ModelConfig. table: its tensors; experts: those of its mixture-of-experts models."""
     read: Callable[[Meta], ModelConfig]
     table: Table
+    experts: Table | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(read_llama, Table((*top(), *attention(True), *MLP, *EXPERTS, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
+    "llama": Architecture(read_llama, Table((*top(), *attention(True), *MLP, *norms(**PRE)), extras=UNUSED, copies=COPIES),
+                          Table((*top(), *attention(True), *EXPERTS, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
     "qwen2": Architecture(read_qwen, Table((*top(), *attention(False), *MLP, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
     "qwen3": Architecture(read_qwen, Table((*top(), *attention(False), *MLP, *norms(**PRE), *norms(**QK)), extras=UNUSED, copies=COPIES)),
     "gemma2": Architecture(read_gemma2, Table((*top(1.0), *attention(False), *MLP, *norms(1.0, **SANDWICH)), copies=COPIES)),

@@ -139,7 +139,7 @@ def write_file(file: pathlib.Path, tensors: list[Export], progress: Callable[[st
     with open(file, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for t in tensors:
-            x = np.ascontiguousarray(t.make())
+            x = np.asarray(t.make(), order="C")
             assert x.shape == t.shape and x.dtype == t.dtype, f"{t.name}: {x.shape} {x.dtype}, {t.shape} {t.dtype} was promised"
             f.write(x.reshape(-1).view(np.uint8).data)
             if progress:

@@ -121,12 +121,16 @@ def cells(table: Table, flat: Mapping[str, Any]) -> Iterator[Cell]:
 def choose(table: Table, flat: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[Cell]:
     """One cell per part of a parameter: of several the one whose tensor is in `names`, else the first. Raises CheckpointError for a parameter no row makes."""
     every = list(cells(table, flat))
-    claimed: set[tuple] = set()
+    made_whole: set[tuple] = set()         # parts that a chosen cell makes, and what contains some of them
+    made_partly: set[tuple] = set()
     chosen: list[Cell] = []
     for present in (True, False):
         for cell in every:
-            if (names is None or cell.name in names) == present and not claimed.issuperset(cell.parts):
-                claimed.update(cell.parts)
+            held = [[(name, at[:i]) for i in range(len(at) + 1)] for name, at in cell.parts]
+            taken = all(lead[-1] in made_partly or not made_whole.isdisjoint(lead) for lead in held)
+            if (names is None or cell.name in names) == present and not taken:
+                made_whole.update(cell.parts)
+                made_partly.update(part for lead in held for part in lead)
                 chosen.append(cell)
     made = {name for cell in chosen for name, _ in cell.parts}
     for name in flat:

@@ -61,7 +61,8 @@ def to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     out |= {"dtype": dtype, "torch_dtype": dtype} if dtype else {}
     found = difference(plain(config), plain(to_model_config(out)))
     if found:
-        raise CheckpointError(f"a {family.name} checkpoint cannot express {found[0]}={found[1]!r} (read back: {found[2]!r}); change it, or set family to one that can")
+        name = found[0].replace("prefix[", "layers[")
+        raise CheckpointError(f"a {family.name} checkpoint cannot express {name}={found[1]!r} (read back: {found[2]!r}); change it, or set family to one that can")
     return out
 
 

