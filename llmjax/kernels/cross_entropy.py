@@ -1,7 +1,7 @@
 """Cross entropy over a large vocabulary, in chunks of tokens: logits of one chunk at a time, never [B, T, V]; and the log-probabilities of given tokens in the same way.
 
-The gradient is made in the forward pass, while a chunk's logits are at hand: three products with the head instead of four, nothing kept but dx and the gradients of the head's weights, and
-the backward pass only scales them. Nothing of that is computed when nobody differentiates. The batch axis is never cut, so a sharded batch stays where it is.
+The gradient is made in the forward pass, while a chunk's logits are at hand: three products with the head instead of four, nothing kept but dx and the gradients of the head's
+weights, and the backward pass only scales them. Nothing of that is computed when nobody differentiates. The batch axis is never cut, so a sharded batch stays where it is.
 
 Legend: B batch, T length, t length of a chunk, D embed, V vocab.
 """
@@ -19,10 +19,12 @@ def chunked_cross_entropy(unembed: Callable, head_params, features: jax.Array, t
                           label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
     """-> (total, z_total), float32 sums over the tokens of w · (cross entropy + z_loss · log²Z) and, for the metrics and without a gradient, of its second term alone.
 
-    Cross entropy against (1 − label_smoothing) one-hot + label_smoothing / V (arXiv:1512.00567 section 7); Z is the softmax's denominator (z-loss: PaLM, arXiv:2204.02311 section 5).
-    `unembed(head_params, x [B, t, D]) -> logits [B, t, V]`; features [B, T, D], targets int [B, T], weights float [B, T] (a target outside 0 … V − 1 is no token: give it weight 0).
-    `head_params` may be the whole tree of a model: leaves that `unembed` does not read, and those that nobody differentiates, cost nothing. Differentiable in head_params, features and
-    weights, in reverse mode, once. Raises ValueError on shapes that disagree and on label_smoothing outside [0, 1).
+    Cross entropy against (1 − label_smoothing) one-hot + label_smoothing / V (arXiv:1512.00567 section 7); Z is the softmax's denominator (z-loss: PaLM, arXiv:2204.02311
+    section 5).
+    `unembed(head_params, x [B, t, D]) -> logits [B, t, V]`; features [B, T, D], targets int [B, T], weights float [B, T] (a target outside 0 … V − 1 is no token: give it
+    weight 0).
+    `head_params` may be the whole tree of a model: leaves that `unembed` does not read, and those that nobody differentiates, cost nothing. Differentiable in head_params,
+    features and weights, in reverse mode, once. Raises ValueError on shapes that disagree and on label_smoothing outside [0, 1).
     """
     _check(features, targets, chunk, weights)
     if not 0.0 <= label_smoothing < 1.0:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.kernels.attention import blockwise, reference
+from llmjax.kernels.attention import IMPLEMENTATIONS, blockwise, choose, cudnn, reference, sharded, splash
 
 BASE = dict(B=2, T=48, S=48, N=4, K=4, H=16, Hv=16, causal=True, in_order=True, window=None, softcap=None, sinks=False, segments=None)
 CASES = {
@@ -74,7 +74,7 @@ def runner(f, settings):
         q, k, v, sinks = arrays
         out = f(q, k, v, sinks=sinks, **settings)
         assert out.dtype == q.dtype
-        return (out.astype(jnp.float32) * jax.random.normal(jax.random.key(9), out.shape)).sum(), out
+        return (out.astype(jnp.float32) * np.random.default_rng(9).normal(size=out.shape).astype(np.float32)).sum(), out
     grad = jax.jit(jax.grad(total, has_aux=True))
 
     def answer(arrays):
@@ -88,9 +88,9 @@ def run(f, arrays, settings):
 
 
 def far(ours, theirs):
-    """Greatest difference over outputs and gradients, each relative to its own greatest value (0.1 at least: a gradient may be zero but for rounding)."""
+    """Greatest difference over outputs and gradients, each relative to its own greatest value (1 at least, the size of the inputs: a gradient may be zero but for rounding)."""
     assert len(ours) == len(theirs) and all(a.shape == b.shape for a, b in zip(ours, theirs))
-    return max(np.abs(a - b).max() / max(np.abs(b).max(), 0.1) for a, b in zip(ours, theirs))
+    return max(np.abs(a - b).max() / max(np.abs(b).max(), 1.0) for a, b in zip(ours, theirs))
 
 
 FORMS = {"short": blockwise, "tiles": functools.partial(blockwise, tile=16)}  # tile 16: these lengths go through the loops
@@ -171,6 +171,65 @@ def test_under_vmap_scan_and_remat():
 ])
 def test_arguments_are_checked(what, change):
     arrays, settings = change(*case("gqa"))
-    for f in (reference, blockwise):
+    for f in IMPLEMENTATIONS.values():
         with pytest.raises(ValueError, match=what):
             f(*arrays[:3], sinks=arrays[3], **settings)
+
+
+@pytest.mark.parametrize("name", ["gqa", "window", "everything", "left padding", "window bidirectional"])
+def test_splash_equals_reference(name):
+    """Interpret mode; the kernel's blocks are 128 wide, so one case is longer."""
+    length = 256 if name == "window" else 128
+    arrays, settings = case(name, T=length, S=length, B=2 if name == "left padding" else 1)
+    assert far(run(splash, arrays, settings), run(reference, arrays, settings)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "gqa", "packed", "left padding", "window bidirectional", "cache"])
+def test_cudnns_arguments_mean_the_same(name):
+    """jax.nn's own XLA form stands in for cuDNN, which needs a GPU: what is tested is how masks, windows and empty rows are put to it."""
+    arrays, settings = case(name)
+    assert far(run(functools.partial(cudnn, implementation="xla"), arrays, settings), run(reference, arrays, settings)) < 1e-5
+
+
+@pytest.mark.parametrize("f, what, change", [
+    (cudnn, "soft-cap", dict(softcap=2.0)), (cudnn, "sinks", dict(sinks=True)), (cudnn, "equal head sizes", dict(Hv=24)), (cudnn, "multiple of 8", dict(H=12, Hv=12)), (cudnn, "float32", {}),
+    (splash, "multiple of 128", {}), (splash, "in_order=True", dict(in_order=False)),
+])
+def test_what_a_kernel_cannot_do_is_said(f, what, change):
+    arrays, settings = case("causal", jnp.bfloat16 if f is cudnn and change else jnp.float32, **change)
+    with pytest.raises(ValueError, match=what):
+        f(*arrays[:3], sinks=arrays[3], **settings)
+
+
+def test_choose():
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    pick = lambda platform, name="auto", q=q, **change: choose(platform, name, q, q, **(dict(causal=True, in_order=True, window=None, softcap=None, sinks=None, segments=False) | change))[0]
+    assert pick("cpu") == "blockwise" and pick("gpu") == "cudnn" and pick("tpu") == "splash"
+    assert pick("gpu", softcap=30.0) == pick("gpu", segments=True) == pick("gpu", in_order=False) == pick("tpu", in_order=False) == "blockwise"
+    assert pick("gpu", "cudnn", segments=True) == "cudnn" and pick("tpu", segments=True, softcap=30.0, window=9) == "splash"
+    assert pick("tpu", q=jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)) == "blockwise"
+    for platform, name, what in (("cpu", "flash", "allowed are auto"), ("cpu", "cudnn", "runs on a GPU"), ("gpu", "splash", "runs on a TPU")):
+        with pytest.raises(ValueError, match=what):
+            pick(platform, name)
+    with pytest.raises(ValueError, match="soft-cap"):
+        pick("gpu", "cudnn", softcap=1.0)
+
+
+def test_sharded():
+    """Each device its own rows and heads; MQA's one kv head is repeated over the head shards; splash, which refuses a partitioned program, runs inside it."""
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    wrap = functools.partial(sharded, batch=("data", "fsdp"), heads=("tensor",))
+    for f, name, length in ((blockwise, "everything", 48), (blockwise, "mqa", 48), (splash, "causal", 128)):
+        arrays, settings = case(name, T=length, S=length)
+        single = run(blockwise, arrays, settings)
+        assert far(run(wrap(f), arrays, settings), single) < 1e-5  # no mesh: itself
+        with jax.set_mesh(mesh):
+            assert far(run(wrap(f), arrays, settings), single) < 1e-5
+            assert far(run(blockwise, arrays, settings), single) < 1e-5  # left to the compiler
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match="wrap it"):
+            run(splash, *case("causal", T=128, S=128))
+        with pytest.raises(ValueError, match="3 batch do not divide"):
+            run(wrap(blockwise), *case("causal", B=3))

@@ -1,5 +1,8 @@
-"""Attention behind one signature: `reference` (the slow twin), `blockwise` (CPU, portable), and which of them `auto` means."""
+"""Attention behind one signature: `reference` (the slow twin), `blockwise` (CPU and portable), `cudnn`, `splash`; which of them `auto` means, and how one runs on a mesh."""
 from llmjax.kernels.attention.blockwise import blockwise
+from llmjax.kernels.attention.choice import IMPLEMENTATIONS, choose, sharded
+from llmjax.kernels.attention.cudnn import cudnn
 from llmjax.kernels.attention.reference import reference
+from llmjax.kernels.attention.splash import splash
 
-__all__ = ["blockwise", "reference"]
+__all__ = ["IMPLEMENTATIONS", "blockwise", "choose", "cudnn", "reference", "sharded", "splash"]

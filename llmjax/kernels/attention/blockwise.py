@@ -2,8 +2,10 @@
 
 Three sizes of the same sum:
 - one query: a product with the cache, a softmax, a product (`_direct`);
-- at most `TILE`² scores a head (training at short context): query blocks unrolled, each against the keys it may see, probabilities kept in the query's dtype for the backward pass (`short.py`);
-- more: tiles of `TILE` × `TILE` in loops with an online softmax (arXiv:2205.14135, arXiv:2307.08691), probabilities made again in the backward pass from the log-sum-exp (`long.py`).
+- at most `TILE`² scores a head (training at short context): query blocks unrolled, each against the keys it may see, probabilities kept in the query's dtype for the backward
+pass (`short.py`);
+- more: tiles of `TILE` × `TILE` in loops with an online softmax (arXiv:2205.14135, arXiv:2307.08691), probabilities made again in the backward pass from the log-sum-exp
+(`long.py`).
 
 Legend: B batch, T query length, S key length, N query heads, K kv heads, G queries per kv head, H head dim; P = G T, the queries of one kv head as one axis.
 """

@@ -1,7 +1,7 @@
 """Attention over many scores: tiles in loops, forward with an online softmax, backward with probabilities made again from the log-sum-exp.
 
-FlashAttention's algorithm (arXiv:2205.14135; the backward of arXiv:2307.08691, algorithm 2) in plain JAX. Where tokens are in order, tiles above the diagonal and outside the window are
-not visited. Memory is the inputs, the outputs, float32 copies of dq, dk, dv, and a few tiles of scores of all heads.
+FlashAttention's algorithm (arXiv:2205.14135; the backward of arXiv:2307.08691, algorithm 2) in plain JAX. Where tokens are in order, tiles above the diagonal and outside the
+window are not visited. Memory is the inputs, the outputs, float32 copies of dq, dk, dv, and a few tiles of scores of all heads.
 
 Legend: B batch, T query length, S key length, K kv heads, G queries per kv head, H head dim; P = G t, the queries of one tile and kv head as one axis; i query tile, j key tile.
 """
@@ -17,8 +17,8 @@ from llmjax.kernels.attention.scores import gather, gather_turned, spread
 
 
 def attend(total, tile, q, k, v, sinks, where):
-    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`. Lengths need not divide by the tile: they are filled with padding."""
-    T, S = q.shape[3], k.shape[2]
+    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`. Lengths need not divide by the tile: they are filled
+    with padding.""" T, S = q.shape[3], k.shape[2]
     rows, cols = min(tile, T), min(tile, S)
     over, past = -T % rows, -S % cols
     query_positions, key_positions, query_segments, key_segments = where

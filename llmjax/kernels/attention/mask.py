@@ -63,7 +63,8 @@ def check(q, k, v, query_positions, key_positions, query_segments, key_segments,
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} disagree; k must be [{B}, S, K, {H}] and v [{B}, S, K, Hv]")
     if N % K:
         raise ValueError(f"attention: {N} query heads do not divide into groups over {K} kv heads; N must be a multiple of K")
-    for name, array, length in (("query_positions", query_positions, T), ("key_positions", key_positions, S), ("query_segments", query_segments, T), ("key_segments", key_segments, S)):
+    for name, array, length in (("query_positions", query_positions, T), ("key_positions", key_positions, S), ("query_segments", query_segments, T), ("key_segments",
+    key_segments, S)):
         if array is not None and (array.ndim != 2 or array.shape[0] not in (1, B) or array.shape[1] != length or not jnp.issubdtype(array.dtype, jnp.integer)):
             raise ValueError(f"attention: {name} is {array.dtype}{list(array.shape)}; it must be integers of shape [{B}, {length}] (or [1, {length}])")
     if window is not None and window < 1:

@@ -1,0 +1,74 @@
+"""Which implementation `auto` means, and how one that the compiler cannot partition runs on a mesh."""
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llmjax.kernels.attention import cudnn as _cudnn
+from llmjax.kernels.attention import splash as _splash
+from llmjax.kernels.attention.blockwise import blockwise
+from llmjax.kernels.attention.mask import Pattern
+from llmjax.kernels.attention.reference import reference
+
+IMPLEMENTATIONS: dict[str, Callable] = dict(reference=reference, blockwise=blockwise, cudnn=_cudnn.cudnn, splash=_splash.splash)
+
+
+def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, window: int | None, softcap: float | None, sinks, segments: bool) -> tuple[str, str]:
+    """-> (implementation, reason) for `name`, "auto" or one of IMPLEMENTATIONS, from shapes and settings alone; never one whose memory grows with T S, unless it was asked for
+    by name.
+
+    `q` [B, T, N, H] and `v` need only shapes and dtypes; `segments` says whether segment ids will be given. Raises ValueError for an unknown name, an implementation of
+    another platform and for a call that the named one cannot do, with the reason.
+    """
+    wants = dict(cudnn="gpu", splash="tpu")
+    refusals = dict(cudnn=_cudnn.refusal(q, v, softcap, sinks), splash=_splash.refusal(q, in_order))
+    if name != "auto":
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"attention={name!r}; allowed are auto, {', '.join(IMPLEMENTATIONS)}")
+        if wants.get(name, platform) != platform:
+            raise ValueError(f"attention={name!r} runs on a {wants[name].upper()}, this program is for a {platform.upper()}; use auto or blockwise")
+        if refusals.get(name):
+            raise ValueError(refusals[name])
+        return name, "asked for"
+    if q.shape[1] == 1 or platform == "cpu":
+        return "blockwise", "one query" if q.shape[1] == 1 else "the CPU's"
+    best = "splash" if platform == "tpu" else "cudnn"
+    if refusals[best]:
+        return "blockwise", refusals[best]
+    if best == "cudnn" and not _cudnn.native(Pattern(causal, window, in_order), segments):
+        return "blockwise", "cuDNN would need a mask of T x S bytes for segments, given positions or a two-sided window; ask for attention='cudnn' if that fits"
+    return best, f"the {platform.upper()}'s own"
+
+
+def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Sequence[str] = ()) -> Callable:
+    """-> a function of the same signature that runs `implementation` on each device's own rows and heads (`jax.shard_map` over all automatic axes of the ambient mesh).
+
+    `batch` and `heads` name the mesh axes over which the batch and the heads are split; axes that the mesh lacks or that are manual already are left out. Where there are
+    fewer kv heads than head shards, each is repeated to fill them. No mesh, or one device: `implementation` itself. Raises ValueError where batch, N or K does not divide.
+    """
+    def call(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, **settings):
+        mesh = jax.sharding.get_abstract_mesh()
+        free = [] if mesh.empty else [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+        where = dict(query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments)
+        if math.prod(mesh.shape[axis] for axis in free) == 1:
+            return implementation(q, k, v, **where, sinks=sinks, **settings)
+        rows, cols = (tuple(axis for axis in axes if axis in free) for axes in (batch, heads))
+        parts = math.prod(mesh.shape[axis] for axis in cols)
+        K = k.shape[2]
+        if K % parts and parts % K == 0:
+            k, v = (jnp.repeat(x, parts // K, axis=2) for x in (k, v))
+        for what, size, axes in (("batch", q.shape[0], rows), ("query heads", q.shape[2], cols), ("kv heads", k.shape[2], cols)):
+            if size % math.prod(mesh.shape[axis] for axis in axes):
+                raise ValueError(f"attention: {size} {what} do not divide over mesh axes {dict((axis, mesh.shape[axis]) for axis in axes)}; change the mesh or the number")
+        spread = lambda *axes: PartitionSpec(*(axis or None for axis in axes))
+        part = {name: x for name, x in where.items() if x is not None}
+        specs = {name: spread(rows if x.shape[0] > 1 else None, None) for name, x in part.items()}
+        four = spread(rows, None, cols, None)
+
+        def local(q, k, v, sinks, part):
+            return implementation(q, k, v, sinks=sinks, **part, **settings)
+        run = jax.shard_map(local, in_specs=(four, four, four, spread(cols), specs), out_specs=four, axis_names=set(free), check_vma=False)
+        return run(q, k, v, sinks, part)
+    return call
