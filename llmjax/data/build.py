@@ -30,14 +30,14 @@ def build(corpus: Corpus, folder, *, context: int, seed: int, progress: bool = T
     signatures = [sources.signature(part.source) for part in corpus.parts]
     tokenizer = make_tokenizer(corpus, folder, signatures, progress)
     held = corpus.validation
-    tails = dict(separator=corpus.separator, empty=corpus.empty, shard_bytes=corpus.shard_bytes)
 
     def store(name: str, source, signature: str, part: str, documents: Iterator):
         identity = dict(tokenizer=tokenizer.fingerprint, source=signature, validation=repr(held), part=part, separator=corpus.separator, empty=corpus.empty)
         size = sources.size_on_disk(source)
         count = 1 if size < POOL_BYTES and workers is None else workers or os.cpu_count() or 1
         with _bar(progress, size, f"tokenising {name}") as bar:
-            return make_store(documents, folder / name, identity, tokenizer, workers=count, bar=bar, **tails)
+            return make_store(documents, folder / name, identity, tokenizer, separator=corpus.separator, empty=corpus.empty,
+                              shard_bytes=corpus.shard_bytes, workers=count, bar=bar)
 
     train, validation = [], []
     for i, (part, signature) in enumerate(zip(corpus.parts, signatures)):

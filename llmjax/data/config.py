@@ -70,9 +70,12 @@ class StandardLibrary:
     max_bytes: int = 12_000_000
 
 
+Single = TextFiles | JsonLines | Parquet | Tfds | StandardLibrary
+
+
 @dataclass(frozen=True)
 class Part:
-    source: "TextFiles | JsonLines | Parquet | Tfds | StandardLibrary"
+    source: Single
     weight: float = 1.0
 
 
@@ -82,7 +85,7 @@ class Mixture:
     parts: tuple[Part, ...]
 
 
-Source = TextFiles | JsonLines | Parquet | Tfds | StandardLibrary | Mixture
+Source = Single | Mixture
 
 # tokenizers
 
@@ -142,7 +145,7 @@ class Tail:
 @dataclass(frozen=True)
 class HeldOut:
     """Another source."""
-    source: "TextFiles | JsonLines | Parquet | Tfds | StandardLibrary"
+    source: Single
 
 
 Validation = Fraction | Tail | HeldOut | None

@@ -6,13 +6,14 @@ import pathlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
 from llmjax.core.errors import DataError
 from llmjax.data.sources import Document
 from llmjax.data.store import FORMAT, TokenStore, check_shard, open_store, read_json, write_file
-from llmjax.data.tokenize import separators, tokenize
+from llmjax.data.tokenize import tokenize
 from llmjax.tokenizers import Tokenizer
 
 POOL_BYTES = 64 << 20
@@ -28,7 +29,6 @@ def make_store(documents: Iterable[Document], folder, identity: dict, tokenizer:
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").is_file():
         return open_store(folder, identity)
-    separators(tokenizer, separator)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
@@ -82,7 +82,11 @@ def _finished(folder: pathlib.Path, name: str, made_by: str, text_hash: str) -> 
 
 
 def _result(waiting) -> dict:
-    return waiting.result() if isinstance(waiting, Future) else waiting
+    try:
+        return waiting.result() if isinstance(waiting, Future) else waiting
+    except BrokenProcessPool:
+        raise DataError("a tokenising process ended before its work was done: out of memory, or a script that builds data outside `if __name__ == '__main__':`; "
+                        "workers=1 does all in this process, and finished shards are used again") from None
 
 
 def write_shard(documents: list[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str, dtype: str, separator: str | None, empty: str, made_by: str,

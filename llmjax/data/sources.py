@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import singledispatch
 
 from llmjax.core.errors import ConfigError, DataError, nearest
-from llmjax.data.config import Chat, Completion, Field, JsonLines, Mixture, Parquet, Source, StandardLibrary, TextFiles, Tfds
+from llmjax.data.config import Chat, Completion, Field, JsonLines, Mixture, Parquet, Single, Source, StandardLibrary, TextFiles, Tfds
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz", ".json.zst")
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings", "ensurepip", "turtledemo", "pydoc_data", "_vendor", "tkinter"}
@@ -247,9 +247,10 @@ def _library_files() -> list[pathlib.Path]:
     return sorted((p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)), key=lambda p: p.relative_to(root).as_posix())
 
 
-def signature(source: Source) -> str:
+def signature(source: Single) -> str:
     """A hash of what a source says and of the files behind it: names, sizes and contents (of files over 16 MB: sixteen stretches of 1 MB). A changed source has another."""
-    digest = hashlib.sha256(repr(dataclasses.replace(source, paths=()) if hasattr(source, "paths") else source).encode())
+    files_apart = dataclasses.replace(source, paths=()) if isinstance(source, (TextFiles, JsonLines, Parquet)) else source
+    digest = hashlib.sha256(repr(files_apart).encode())
     if isinstance(source, Tfds):
         info = tfds_builder(source).info
         digest.update(repr([info.full_name, [(name, s.num_examples, s.num_bytes) for name, s in sorted(info.splits.items())]]).encode())
@@ -267,13 +268,13 @@ def signature(source: Source) -> str:
     return digest.hexdigest()
 
 
-def size_on_disk(source: Source) -> int:
+def size_on_disk(source: Single) -> int:
     """Bytes of the files behind a source, as they lie there: for progress and to choose how many workers."""
     if isinstance(source, Tfds):
         return int(tfds_builder(source).info.splits[source.split.split("[")[0]].num_bytes)
     if isinstance(source, StandardLibrary):
         return source.max_bytes
-    return sum(p.stat().st_size for p in _files(source))
+    return sum([p.stat().st_size for p in _files(source)])
 
 
 def _files(source: TextFiles | JsonLines | Parquet) -> list[pathlib.Path]:

@@ -10,11 +10,12 @@ from llmjax.tokenizers import Tokenizer
 
 def separators(tokenizer: Tokenizer, separator: str | None) -> tuple[list[int], list[int]]:
     """The ids before and after a document. Raises ConfigError where the tokenizer has no such token."""
-    before, after = separator in ("bos", "both"), separator in ("eos", "both")
-    for wanted, id, name in ((before, tokenizer.bos_id, "bos"), (after, tokenizer.eos_id, "eos")):
+    def one(wanted: bool, id: int | None, name: str) -> list[int]:
         if wanted and id is None:
             raise ConfigError(f"Corpus.separator {separator!r}: this tokenizer has no {name} token; set separator to None, or take a tokenizer that has one")
-    return [tokenizer.bos_id] if before else [], [tokenizer.eos_id] if after else []
+        return [id] if wanted and id is not None else []
+
+    return one(separator in ("bos", "both"), tokenizer.bos_id, "bos"), one(separator in ("eos", "both"), tokenizer.eos_id, "eos")
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, separator: str | None, empty: str) -> tuple[list[np.ndarray], list[np.ndarray] | None, list[int], int]:
@@ -25,13 +26,13 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, separator: str
     if len(kept) < len(documents) and empty == "error":
         place = next(d.place for d in documents if not d.text)
         raise DataError(f"{place} is empty: a document of zero tokens; take it out, or set Corpus.empty='skip'")
-    before, after = separators(tokenizer, separator)
+    chats = bool(kept) and isinstance(kept[0].content, list)
+    before, after = ([], []) if chats else separators(tokenizer, separator)  # a chat template writes its own
     masks = None
     if kept and isinstance(kept[0].content, str):
         ids = [before + i + after for i in _encode([d.text for d in kept], kept, tokenizer)]
     elif kept and isinstance(kept[0].content, dict):
-        prompts = _encode([d.content["prompt"] for d in kept], kept, tokenizer)
-        completions = _encode([d.content["completion"] for d in kept], kept, tokenizer)
+        prompts, completions = (_encode([d.content[key] for d in kept if isinstance(d.content, dict)], kept, tokenizer) for key in ("prompt", "completion"))
         for document, completion in zip(kept, completions):
             if not completion:
                 raise DataError(f"{document.place} has an empty completion: nothing in it is learnt")

@@ -52,8 +52,9 @@ def _plain(value):
         return {_plain(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if isinstance(value, (str, int, float)):
-        return type(value).__mro__[-2](value)
+    for kind in (str, int, float):  # a subclass (an enum's member, say) carries methods of its own
+        if isinstance(value, kind):
+            return getattr(kind, f"__{kind.__name__}__")(value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _plain(value.item())
     return f"<{type(value).__name__}>"

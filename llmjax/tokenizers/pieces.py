@@ -85,7 +85,7 @@ def build(pieces: Pieces, unigram: bool, origin: str, strip_right=frozenset()):
     else:
         unk_text = None if unk is None else texts[unk]
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges_of(texts, pieces.scores, types), unk_token=unk_text, fuse_unk=True, byte_fallback=fallback))
-    steps = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
+    steps: list = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
     if pieces.remove_extra_spaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A +| +\z"), "")]
     always = pieces.add_prefix_space and pieces.prefix_scheme == "always"

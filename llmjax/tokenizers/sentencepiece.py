@@ -17,7 +17,7 @@ def read(path, *, add_bos: bool = False, add_eos: bool = False, prefix_scheme: s
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no SentencePiece model at {path}")
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:

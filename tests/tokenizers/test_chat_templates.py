@@ -108,3 +108,19 @@ def test_sandbox(trained):
     for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ namespace.__init__.__globals__ }}"):
         with pytest.raises(DataError):
             print(repr(trained.with_chat_template(attack).render_chat(CONVERSATION)))
+
+
+def test_messages_reach_the_template_as_plain_data(trained):
+    import enum
+
+    class Role(str, enum.Enum):
+        user = "user"
+
+    class Text(str):
+        def shout(self):
+            return "escaped"
+
+    chatml = trained.with_chat_template(tokenizers.CHATML)
+    assert chatml.render_chat([{"role": Role.user, "content": Text("hi")}]) == chatml.render_chat([{"role": "user", "content": "hi"}])
+    with pytest.raises(DataError):
+        trained.with_chat_template("{{ messages[0].content.shout() }}").render_chat([{"role": "user", "content": Text("hi")}])
