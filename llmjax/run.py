@@ -59,7 +59,7 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
         place = placing(mesh, config)
 
         def evaluate(params):
-            return train.evaluate(model.apply, params, corpus.validation.batches(config.batch_size), corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
+            return train.evaluate(model.apply, params, corpus.validation.batches(config.batch_size, jax.process_index(), jax.process_count()), corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
         peak, source = train.peak_flops(config.compute.dtype)
         if not quiet:
             announce(console, config, model, corpus, total, begun, peak, source)
@@ -248,7 +248,7 @@ def evaluate(model: str, file: str, *, context: int | None = None, batch_size: i
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer, a text cannot be scored")
-    source = data.JsonLines(file, field) if data.is_json_lines(file) else data.TextFiles(file)
+    source = data.JsonLines(file, field) if file.endswith(data.sources.JSON_SUFFIXES) else data.TextFiles(file)
     length = min(context or 1024, module.config.context)
     batches = data.scoring_batches(data.documents(source), tokenizer, context=length, batch_size=batch_size)
     if progress:

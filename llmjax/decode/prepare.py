@@ -53,11 +53,12 @@ def output_first(label: Label, w: Any) -> Any:
 
 def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
     """(model, params) -> the same model with each layer apart and weights as the platform contracts them fastest; logits stay equal. Costs one copy of the layers."""
+    spread = any(len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
     apart = dc.replace(model, config=unrolled(model.config), compute=dc.replace(model.compute, remat=None))
 
     def convert(params):
         loose = unstack(model.config, params)
-        if platform() != "cpu" or jax.device_count() > 1:
+        if platform() != "cpu" or spread:
             return loose
         return jax.tree.map(output_first, labels(apart), loose, is_leaf=lambda x: isinstance(x, Label) or is_leaf(x))
     if not model.config.cycle and any(isinstance(x, Transposed) for x in jax.tree.leaves(params, is_leaf=is_leaf)):

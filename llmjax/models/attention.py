@@ -4,12 +4,17 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 from __future__ import annotations
 
+import functools
+import logging
+import math
+
 import jax
 import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dot, platform
+from llmjax.core.mesh import mesh_axes
 from llmjax.core.model_config import Attention, Norm
-from llmjax.kernels import attention as kernel
+from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
 from llmjax.models.context import Context
 from llmjax.models.module import Module, compact, vector, weight
@@ -69,6 +74,24 @@ class MultiHeadAttention(Module):
         alone = seen[0] is k
         if not alone and mine["query_segments"] is None:
             mine["query_segments"] = jnp.ones(q.shape[:2], jnp.int32)
-        y = kernel.attention(q, seen[0], seen[1], **mine, key_positions=seen[2], key_segments=seen[3], in_order=alone, **numbers,
-                             implementation=self.compute.attention, platform=platform())
+        y = self.kernel(q, seen[0], seen[1], **mine, key_positions=seen[2], key_segments=seen[3], in_order=alone, **numbers)
         return y, stored
+
+    def kernel(self, q, k, v, *, sinks, **settings) -> jax.Array:
+        """The implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
+        name, reason = kernels.choose(platform(), self.compute.attention, q, v, causal=settings["causal"], in_order=settings["in_order"], window=settings["window"],
+                                      softcap=settings["softcap"], sinks=sinks, segments=settings["query_segments"] is not None)
+        tell(name, reason)
+        implementation = kernels.IMPLEMENTATIONS[name]
+        table, mesh = dict(reversed(self.layout.rules)), jax.sharding.get_abstract_mesh()
+        batch, heads = (tuple(a for a in mesh_axes(table[axis]) if not mesh.empty and mesh.shape[a] > 1) for axis in ("batch", "heads"))
+        rows, columns = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))
+        if rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (k.shape[2] % columns == 0 or columns % k.shape[2] == 0):
+            implementation = kernels.sharded(implementation, batch=batch, heads=heads)
+        return implementation(q, k, v, sinks=sinks, **settings)
+
+
+@functools.cache
+def tell(name: str, reason: str) -> None:
+    """Says once per process which attention runs and why."""
+    logging.getLogger("llmjax").info("attention: %s (%s)", name, reason)

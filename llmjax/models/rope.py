@@ -60,22 +60,26 @@ def yarn_frequencies(theta: float, plain: np.ndarray, d: int, yarn: Yarn) -> tup
 
 
 def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sines and cosines [B, T, 1, d/2] float32 for positions [B, T] int32."""
+    """Sines (signed for `rotate`) and cosines, [B, T, 1, d] float32 each, for positions [B, T] int32."""
     radians, factor = frequencies(rope, head_dim, positions.max(-1) + 1)
-    angles = positions[..., None].astype(jnp.float32) * radians
-    return (jnp.sin(angles) * factor)[:, :, None], (jnp.cos(angles) * factor)[:, :, None]
+    angles = (positions[..., None].astype(jnp.float32) * radians)[:, :, None]
+    sin, cos = jnp.sin(angles) * factor, jnp.cos(angles) * factor
+    if rope.interleaved:
+        return jnp.stack([-sin, sin], -1).reshape(*sin.shape[:-1], -1), jnp.repeat(cos, 2, -1)
+    return jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], rope: Rope) -> jax.Array:
-    """x [B, T, N, H] with its first d dimensions turned; in float32, result in x's dtype."""
+    """x [B, T, N, H] with its first d dimensions turned; in float32, result in x's dtype.
+
+    Written as x · cos + partner · sin with a rolled (or flipped) partner: autodiff of split and concatenate costs several passes over memory.
+    """
     sin, cos = table
-    half = sin.shape[-1]
-    turned, rest = x[..., :2 * half].astype(jnp.float32), x[..., 2 * half:]
+    d = sin.shape[-1]
+    turned, rest = x[..., :d].astype(jnp.float32), x[..., d:]
     if rope.interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape)
+        partner = jnp.flip(turned.reshape(*turned.shape[:-1], d // 2, 2), -1).reshape(turned.shape)
     else:
-        a, b = turned[..., :half], turned[..., half:]
-        y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    y = y.astype(x.dtype)
+        partner = jnp.roll(turned, d // 2, -1)
+    y = (turned * cos + partner * sin).astype(x.dtype)
     return jnp.concatenate([y, rest], -1) if rest.shape[-1] else y
