@@ -106,7 +106,7 @@ def open_store(folder, identity: dict | None = None, verify: bool | None = None)
 
     def load(entry, suffix, dtype):
         name = f"{entry['name']}.{suffix}"
-        return np.memmap(folder / name, dtype, "r").view(np.ndarray) if entry["files"][name][0] else np.zeros(0, dtype)
+        return np.memmap(folder / name, dtype, "r").view(np.ndarray) if entry["files"].get(name, [0])[0] else np.zeros(0, dtype)
 
     shards = manifest["shards"]
     return TokenStore([load(s, "tokens", manifest["dtype"]) for s in shards], [load(s, "ends", "int64") for s in shards],

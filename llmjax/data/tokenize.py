@@ -28,7 +28,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, separator: str
         raise DataError(f"{place} is empty: a document of zero tokens; take it out, or set Corpus.empty='skip'")
     chats = bool(kept) and isinstance(kept[0].content, list)
     before, after = ([], []) if chats else separators(tokenizer, separator)  # a chat template writes its own
-    masks = None
+    ids: list[list[int]] = []
+    masks: list[np.ndarray] | None = None
     if kept and isinstance(kept[0].content, str):
         ids = [before + i + after for i in _encode([d.text for d in kept], kept, tokenizer)]
     elif kept and isinstance(kept[0].content, dict):
@@ -38,7 +39,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, separator: str
                 raise DataError(f"{document.place} has an empty completion: nothing in it is learnt")
         ids = [before + p + c + after for p, c in zip(prompts, completions)]
         masks = [np.arange(len(before) + len(p) + len(c) + len(after)) >= len(before) + len(p) for p, c in zip(prompts, completions)]
-    else:
+    elif chats:
         pairs = [_chat(d, tokenizer) for d in kept]
         ids, masks = [p[0] for p in pairs], [np.array(p[1], bool) for p in pairs]
     return [np.array(i, np.uint32) for i in ids], masks, [len(d.text.encode("utf-8", "surrogatepass")) for d in kept], len(documents) - len(kept)

@@ -185,6 +185,10 @@ def test_empty_documents(tmp_path):
         make(data.Corpus(source, data.Bytes(), None), tmp_path / "d")
     assert make(data.Corpus(source, data.Bytes(), None, empty="skip"), tmp_path / "e").train.documents == 1
     assert json.loads((tmp_path / "e" / "train" / "manifest.json").read_text())["skipped"] == 1
+    (tmp_path / "z.jsonl").write_text('{"prompt": "", "completion": ""}\n{"prompt": "a", "completion": "b"}\n')
+    for made in (make(data.Corpus(source, data.Bytes(), None, empty="skip", shard_bytes=1), tmp_path / "g"),
+                 make(data.Corpus(data.JsonLines(str(tmp_path / "z.jsonl"), data.Completion()), data.Bytes(), None, empty="skip", shard_bytes=1), tmp_path / "h")):
+        assert made.train.documents == 1 and next(made.train.batches(1))["weights"].sum() >= 1
     (tmp_path / "y.jsonl").write_text("\n")
     with pytest.raises(DataError, match="the source is empty"):
         make(data.Corpus(data.JsonLines(str(tmp_path / "y.jsonl")), data.Bytes(), None), tmp_path / "f")
