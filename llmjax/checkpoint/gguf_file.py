@@ -71,16 +71,18 @@ class Gguf:
                 raise CheckpointError(f"{file}: truncated: the tensor {name!r} should end at byte {start + offset + n}, the file has {size}; copy or download it again")
             self.shapes[name], self._places[name] = shape, (qtype, start + offset, n)
 
-    def read(self, name: str) -> np.ndarray:
-        """-> float32 (float16 and float64 tensors as they are stored)."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A tensor, or its rows from `start` to before `stop` -> float32 (float16 and float64 as they are stored)."""
         from gguf import GGMLQuantizationType as Kind
         from gguf.quants import dequantize
-        qtype, start, n = self._places[name]
+        (qtype, offset, n), shape = self._places[name], self.shapes[name]
+        if stop is not None:
+            row = n // shape[0]
+            offset, n, shape = offset + start * row, (stop - start) * row, (stop - start, *shape[1:])
         with open(self.file, "rb") as f:
-            raw = np.fromfile(f, np.uint8, n, offset=start)
+            raw = np.fromfile(f, np.uint8, n, offset=offset)
         if raw.size != n:
             raise CheckpointError(f"{self.where}: it ends inside the tensor {name!r}; copy or download it again")
-        shape = self.shapes[name]
         plain = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
         if qtype in plain:
             return raw.view(plain[qtype]).reshape(shape)

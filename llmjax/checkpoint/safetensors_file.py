@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llmjax.checkpoint.copying import contiguous
 from llmjax.checkpoint.table import Export
 from llmjax.core.errors import CheckpointError
 
@@ -43,14 +44,17 @@ class SafeTensors:
                     raise CheckpointError(f"{where}: the tensor {name!r} stands in both {self._places[name][0].name} and {file.name}; remove the shards of another save")
                 self.shapes[name], self.dtypes[name], self._places[name] = shape, dtype, (file, start)
 
-    def read(self, name: str) -> np.ndarray:
-        file, start = self._places[name]
-        count = math.prod(self.shapes[name])
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A tensor, or its rows from `start` to before `stop`. Raises CheckpointError where the file has become shorter."""
+        (file, offset), dtype, shape = self._places[name], self.dtypes[name], self.shapes[name]
+        if stop is not None:
+            row, shape = math.prod(shape[1:]), (stop - start, *shape[1:])
+            offset += start * row * dtype.itemsize
         with open(file, "rb") as f:
-            x = np.fromfile(f, self.dtypes[name], count, offset=start)
-        if x.size != count:
+            x = np.fromfile(f, dtype, math.prod(shape), offset=offset)
+        if x.size != math.prod(shape):
             raise CheckpointError(f"{file}: it ends inside the tensor {name!r}; copy or download it again")
-        return x.reshape(self.shapes[name])
+        return x.reshape(shape)
 
 
 def header(file: pathlib.Path) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
@@ -139,7 +143,7 @@ def write_file(file: pathlib.Path, tensors: list[Export], progress: Callable[[st
     with open(file, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for t in tensors:
-            x = np.asarray(t.make(), order="C")
+            x = contiguous(t.make())
             assert x.shape == t.shape and x.dtype == t.dtype, f"{t.name}: {x.shape} {x.dtype}, {t.shape} {t.dtype} was promised"
             f.write(x.reshape(-1).view(np.uint8).data)
             if progress:

@@ -2,12 +2,13 @@
 
 It knows no model and no file format: it works on a tree of shapes given by the caller (`jax.ShapeDtypeStruct` leaves, with their shardings where they have some) and on a
 `Source` of named tensors. Every tensor must be read and every parameter written; what is left over, missing or of another shape is an error that names it.
-Loading fills one leaf of the tree at a time, layer by layer, straight to where it lies: the host holds a leaf's local shards and one tensor of the file above the model.
+Loading fills one leaf of the tree at a time, layer by layer, straight to where it lies: above the model the host holds one leaf's local shards and a part of one tensor.
 """
 from __future__ import annotations
 
 import dataclasses as dc
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -16,19 +17,22 @@ import jax
 import numpy as np
 
 from llmjax.checkpoint import patterns
+from llmjax.checkpoint.copying import aligned, copy_into
 from llmjax.core.errors import CheckpointError
 from llmjax.core.leaves import dense
 from llmjax.core.tree import flatten, unflatten
 
 Tree = Any
+Span = tuple[tuple[int, int], ...]                 # what of an array a shard covers: (start, stop) per dimension
+PORTION = 4 << 20                                  # numbers of a large tensor that are read at once: 16 MB of float32
 
 
 class Source(Protocol):
-    """Named tensors that can be read one at a time. `where` names the file or folder in errors; `shapes` maps each name to its shape."""
+    """Named tensors that can be read one at a time, or some rows of one. `where` names the file or folder in errors; `shapes` maps each name to its shape."""
     where: str
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
 
 @dc.dataclass(frozen=True)
@@ -212,28 +216,54 @@ def fill(source: Source, names: Mapping[str, str], uses: list[tuple[Cell, int, t
         spans = [span for span in buffers if all(start <= i < stop for i, (start, stop) in zip(at, span))]
         if not spans:
             continue
-        x = source.read(names[cell.name])
-        if cell.pieces is not None:
-            x = patterns.split(x, patterns.parse(cell.row.pattern), cell.pieces, number)
-        if cell.row.added:
-            x = x.astype(np.float32) - np.float32(cell.row.added)
-        for span in spans:
-            target = tuple(i - start for i, (start, _) in zip(at, span))
-            part = x[tuple(slice(start, stop) for start, stop in span[len(at):])]
-            buffers[span][(*target, ...)] = part
+        axis, step = portions(cell)
+        for first in range(0, max(cell.shape[:1], default=1), step):
+            rows = (first, min(first + step, cell.shape[0])) if axis is not None else None
+            reach = {span: overlap(span, at, axis, rows) for span in spans}
+            if all(place is None for place in reach.values()):
+                continue
+            x = source.read(names[cell.name], *rows or ())
+            if cell.pieces is not None:
+                pattern, sizes = patterns.parse(cell.row.pattern), cell.pieces
+                if rows:
+                    sizes = tuple({**piece, pattern.left[0][0]: rows[1] - rows[0]} for piece in sizes)
+                x = patterns.split(x, pattern, sizes, number)
+            if cell.row.added:
+                x = x.astype(np.float32) - np.float32(cell.row.added)
+            for span, place in reach.items():
+                if place is not None:
+                    copy_into(buffers[span][place[0]], x[place[1]])
     if sharding is None:
         return jax.device_put(buffers[whole])
     shards = [jax.device_put(buffers[span], device) for device, span in places.items()]
     return jax.make_array_from_single_device_arrays(like.shape, sharding, shards)
 
 
-def aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """An empty array whose memory starts at a multiple of 64 bytes: jax on a CPU then takes it as it is, without a copy."""
-    dtype = np.dtype(dtype)
-    n = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(n + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start:start + n].view(dtype).reshape(shape)
+def portions(cell: Cell) -> tuple[int | None, int]:
+    """(our dimension that the file's rows are, how many to read at once), or (None, all) for a tensor that is small or whose rows are not one dimension of ours."""
+    everything = max(1, cell.shape[0]) if cell.shape else 1
+    if math.prod(cell.shape) <= PORTION or len(cell.parts) > 1:
+        return None, everything
+    step = max(1, PORTION * cell.shape[0] // math.prod(cell.shape))
+    if cell.pieces is None:
+        return 0, step
+    pattern = patterns.parse(cell.row.pattern)
+    axes = [i for i, group in enumerate(pattern.right) if group == pattern.left[0]]
+    return (axes[0], step) if axes and len(pattern.left[0]) == 1 else (None, everything)
+
+
+def overlap(span: Span, at: tuple[int, ...], axis: int | None, rows: tuple[int, int] | None) -> tuple[tuple, tuple] | None:
+    """(where in a shard's buffer, what of the tensor read) for a shard that covers `span`, or None where these rows do not reach it."""
+    target: list[Any] = [i - start for i, (start, _) in zip(at, span)]
+    taken = []
+    for i, (start, stop) in enumerate(span[len(at):]):
+        first, last = rows if rows and i == axis else (0, stop)
+        low, high = max(start, first), min(stop, last)
+        if low >= high and stop > start:
+            return None
+        target.append(slice(low - start, high - start))
+        taken.append(slice(low - first, high - first))
+    return tuple(target), tuple(taken)
 
 
 @dc.dataclass(frozen=True)

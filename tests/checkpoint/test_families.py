@@ -45,7 +45,8 @@ CASES = {
 COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
           "llama-3.1-8b": 8_030_261_248, "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "mistral-7b": 7_241_732_096, "mixtral-8x7b": 46_702_792_704,
           "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984,
-          "gemma3-1b": 999_885_952, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384, "llama-2-13b": 13_015_864_320}
+          "gemma3-1b": 999_885_952, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+          "llama-2-13b": 13_015_864_320}
 
 
 def test_every_family_has_a_case():
@@ -82,7 +83,8 @@ def test_weights_both_ways_bit_for_bit(name):
     tensors = {e.name: e.make() for e in exports(table, params)}
 
     class Source:
-        where, shapes, read = "memory", {n: x.shape for n, x in tensors.items()}, staticmethod(tensors.__getitem__)
+        where, shapes = "memory", {n: x.shape for n, x in tensors.items()}
+        read = staticmethod(lambda name, *rows: tensors[name][slice(*rows) if rows else ...])
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, load(Source, table, like), params)))
     apart = load(Source, table, models.abstract_params(models.Decoder(unrolled(config))))
     again = {e.name: e.make() for e in exports(table, apart)}
@@ -145,8 +147,8 @@ def test_what_would_change_the_answer_is_an_error(change, words):
 
 
 def test_fields_that_are_off_or_harmless_pass():
-    to_model_config({**CASES["llama"], "attention_chunk_size": None, "use_mrope": False, "rope_interleaved": False, "torch_dtype": "bfloat16", "use_cache": True, "pretraining_tp": 1,
-                     "transformers_version": "4.40", "attention_dropout": 0.1, "initializer_range": 0.02})
+    to_model_config({**CASES["llama"], "attention_chunk_size": None, "use_mrope": False, "rope_interleaved": False, "torch_dtype": "bfloat16", "use_cache": True,
+                     "pretraining_tp": 1, "transformers_version": "4.40", "attention_dropout": 0.1, "initializer_range": 0.02})
     assert to_model_config({k: v for k, v in CASES["llama"].items() if k != "model_type"} | {"architectures": ["LlamaForCausalLM"]}).family == "llama"
     with pytest.raises(CheckpointError, match="'vocab_size' is missing"):
         to_model_config({k: v for k, v in CASES["llama"].items() if k != "vocab_size"})
@@ -190,5 +192,5 @@ def test_config_file_that_is_not_json(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json: it is not JSON \(line 1\)"):
         folder.read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="an object is expected|a JSON object is expected"):
+    with pytest.raises(CheckpointError, match="a JSON object is expected"):
         folder.read_config(tmp_path)

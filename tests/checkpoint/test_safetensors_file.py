@@ -58,7 +58,8 @@ def test_shards_and_their_index(tmp_path):
 
 @pytest.mark.parametrize(("spoil", "words"), [
     (lambda b: b[:-10], "truncated"), (lambda b: b[:5], "truncated"), (lambda b: b[:60], "truncated"), (lambda b: b"", "truncated"),
-    (lambda b: b[:8] + b"x" * (len(b) - 8), "header cannot be read"), (lambda b: b.replace(b"[5,7]", b"[5,8]"), "claims shape"), (lambda b: b.replace(b'"F16"', b'"F17"'), "type F17"),
+    (lambda b: b[:8] + b"x" * (len(b) - 8), "header cannot be read"), (lambda b: b.replace(b"[5,7]", b"[5,8]"), "claims shape"),
+    (lambda b: b.replace(b'"F16"', b'"F17"'), "type F17"),
 ])
 def test_damaged_files_get_one_line(tmp_path, spoil, words):
     save_file(TENSORS, tmp_path / "model.safetensors")
@@ -69,7 +70,7 @@ def test_damaged_files_get_one_line(tmp_path, spoil, words):
 
 
 def test_folders_without_usable_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         st.open_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"pickled.*any code"):

@@ -15,7 +15,8 @@ from llmjax.core.errors import CheckpointError
 
 def state(scale=1.0):
     w = jnp.arange(64, dtype=jnp.float32).reshape(8, 8) * scale / 7
-    return {"params": {"w": w, "half": (w / 3).astype(jnp.bfloat16), "none": None}, "moments": [w * 2, (jnp.int8(3), jnp.zeros(()))], "key": jax.random.key(5), "step": jnp.int32(3)}
+    return {"params": {"w": w, "half": (w / 3).astype(jnp.bfloat16), "none": None}, "moments": [w * 2, (jnp.int8(3), jnp.zeros(()))], "key": jax.random.key(5),
+            "step": jnp.int32(3)}
 
 
 def shapes(tree):
