@@ -2,7 +2,7 @@
 
     python benchmarks/data.py [--megabytes=8] [--context=1024] [--batch=8] [--repeats=3]
 
-Prints one JSON line. Expect, on two cores: packing and reading ten times Grain's or more, rows at least as full; tokenising 0.8 to 1 of what `tokenizers` does without writing
+Prints one JSON line. Expect, on two cores: packing and reading five to ten times Grain's, rows fuller; tokenising 0.8 to 1 of what `tokenizers` does without writing
 anything. """
 import argparse
 import json

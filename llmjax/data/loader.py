@@ -1,4 +1,4 @@
-"""The training loader: Grain reads whole batches ahead in threads (an element costs Grain about 40 µs, so an element is a batch). Its state is one step number."""
+"""The training loader: Grain reads whole batches ahead in a thread (an element costs Grain about 40 µs, so an element is a batch; a second thread made it slower). Its state is one step number."""
 from llmjax.core.errors import DataError
 
 
@@ -28,7 +28,7 @@ class Loader:
         _share(batch_size, process_index, process_count)
         source = grain.MapDataset.source(_Steps(split, batch_size, process_index, process_count))
         self._identity = dict(data=split.fingerprint, batch_size=batch_size)
-        self._dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch))
+        self._dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
         self._start(start_step)
 
     def _start(self, step: int):
