@@ -18,13 +18,13 @@ from llmjax.core.platform import platform
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto") -> jax.Array:
     """-> [M, F] in `x.dtype`: row r of group e is x[r] @ w[e], accumulated in float32.
 
-    x [M, D], sorted by group; w [E, D, F], cast to `x.dtype`; group_sizes int [E], a group may be empty. Rows past their sum come out zero. Differentiable in x and w (reverse
-    mode).
+    x [M, D], sorted by group; w [E, D, F], cast to `x.dtype`; group_sizes int [E], a group may be empty. Rows past their sum come out zero.
+    Differentiable in x and w, in reverse mode.
     `implementation`: auto (blocks on a CPU, ragged elsewhere), blocks, ragged or loop. Raises ValueError on another name and on shapes that disagree.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"grouped_matmul: x {list(x.shape)}, w {list(w.shape)}, group_sizes {group_sizes.dtype}{list(group_sizes.shape)}; they must be [M, D], [E, D, F] and
-        integers [E]")
+        found = f"x {list(x.shape)}, w {list(w.shape)}, group_sizes {group_sizes.dtype}{list(group_sizes.shape)}"
+        raise ValueError(f"grouped_matmul: {found}; they must be [M, D], [E, D, F] and integers [E]")
     forms = dict(blocks=blocks, ragged=ragged, loop=loop)
     name = ("blocks" if platform() == "cpu" else "ragged") if implementation == "auto" else implementation
     if name not in forms:

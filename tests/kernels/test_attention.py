@@ -1,7 +1,7 @@
 """Every implementation of attention beside the slow twin, in values and gradients, on every kind of mask.
 
-Tolerances: float32 sums of at most a few hundred terms in another order differ by some 1e-6 of the greatest value; bf16 rounds probabilities and outputs once each (2^-8), and gradients of
-them twice.
+Tolerances: float32 sums of at most a few hundred terms in another order differ by some 1e-6 of the greatest value; bf16 rounds probabilities and outputs once each (2^-8), and
+gradients of them twice.
 """
 import functools
 
@@ -56,10 +56,12 @@ def case(name, dtype=jnp.float32, strength=1.0, **more):
         key_positions = np.stack([rng.permutation(S) for _ in range(B)])
         key_segments = (key_positions < S - 4).astype(int)
         key_segments[:, rng.integers(0, S, 3)] = 0
-        where = dict(query_positions=np.arange(S - 4 - T, S - 4)[None] + np.zeros((B, 1), int), key_positions=key_positions, query_segments=np.ones((B, T), int), key_segments=key_segments)
+        query_positions = np.arange(S - 4 - T, S - 4)[None] + np.zeros((B, 1), int)
+        where = dict(query_positions=query_positions, key_positions=key_positions, query_segments=np.ones((B, T), int), key_segments=key_segments)
     elif c["segments"] is not None:
-        segments = {"packed": np.sort(rng.integers(1, 4, (B, T)), -1), "left": (np.arange(T)[None] >= [[5], [0]]).astype(int), "right": (np.arange(T)[None] < [[T - 6], [T]]).astype(int),
-                    "none": np.array([[0] * T, [1] * T])}[c["segments"]]
+        index = np.arange(T)[None]
+        segments = dict(packed=np.sort(rng.integers(1, 4, (B, T)), -1), left=(index >= [[5], [0]]) + 0, right=(index < [[T - 6], [T]]) + 0,
+                        none=np.array([[0] * T, [1] * T]))[c["segments"]][:B]
         first = np.array([[np.argmax(row == s) for s in row] for row in segments])
         positions = np.arange(T)[None] - first
         where = dict(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments)
@@ -192,7 +194,8 @@ def test_cudnns_arguments_mean_the_same(name):
 
 
 @pytest.mark.parametrize("f, what, change", [
-    (cudnn, "soft-cap", dict(softcap=2.0)), (cudnn, "sinks", dict(sinks=True)), (cudnn, "equal head sizes", dict(Hv=24)), (cudnn, "multiple of 8", dict(H=12, Hv=12)), (cudnn, "float32", {}),
+    (cudnn, "soft-cap", dict(softcap=2.0)), (cudnn, "sinks", dict(sinks=True)), (cudnn, "equal head sizes", dict(Hv=24)), (cudnn, "multiple of 8", dict(H=12, Hv=12)),
+    (cudnn, "float32", {}),
     (splash, "multiple of 128", {}), (splash, "in_order=True", dict(in_order=False)),
 ])
 def test_what_a_kernel_cannot_do_is_said(f, what, change):
@@ -203,7 +206,8 @@ def test_what_a_kernel_cannot_do_is_said(f, what, change):
 
 def test_choose():
     q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
-    pick = lambda platform, name="auto", q=q, **change: choose(platform, name, q, q, **(dict(causal=True, in_order=True, window=None, softcap=None, sinks=None, segments=False) | change))[0]
+    base = dict(causal=True, in_order=True, window=None, softcap=None, sinks=None, segments=False)
+    pick = lambda platform, name="auto", q=q, **change: choose(platform, name, q, q, **(base | change))[0]
     assert pick("cpu") == "blockwise" and pick("gpu") == "cudnn" and pick("tpu") == "splash"
     assert pick("gpu", softcap=30.0) == pick("gpu", segments=True) == pick("gpu", in_order=False) == pick("tpu", in_order=False) == "blockwise"
     assert pick("gpu", "cudnn", segments=True) == "cudnn" and pick("tpu", segments=True, softcap=30.0, window=9) == "splash"

@@ -1,4 +1,6 @@
 """The chunked loss beside log_softmax over everything: values, gradients, chunk sizes that do not divide, what it must not compute or hold."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,12 +41,14 @@ def far(ours, theirs):
 @pytest.mark.parametrize("chunk", [3, 5, 512])
 @pytest.mark.parametrize("settings", [{}, dict(label_smoothing=0.1, z_loss=1e-2)])
 def test_equals_log_softmax(settings, chunk):
+    ours = lambda *a: chunked_cross_entropy(unembed, *a, chunk=chunk, **settings)
+    theirs = lambda *a: slow(*a, **settings)
+    pull = lambda f: jax.jit(jax.value_and_grad(lambda *a: tuple(2.5 * total for total in f(*a)), (0, 1, 3), has_aux=True))
+    pull_ours, pull_theirs = pull(ours), pull(theirs)
     for scale in (1.0, 20.0):
         arrays = inputs(scale=scale)
-        ours = jax.jit(jax.value_and_grad(lambda p, x, w: tuple(2.5 * a for a in chunked_cross_entropy(unembed, p, x, arrays[2], w, chunk=chunk, **settings)), (0, 1, 2), has_aux=True))
-        theirs = jax.jit(jax.value_and_grad(lambda p, x, w: tuple(2.5 * a for a in slow(p, x, arrays[2], w, **settings)), (0, 1, 2), has_aux=True))
-        assert far(ours(arrays[0], arrays[1], arrays[3]), theirs(arrays[0], arrays[1], arrays[3])) < 2e-6  # float32 sums in another order
-        assert far(chunked_cross_entropy(unembed, *arrays, chunk=chunk, **settings), slow(*arrays, **settings)) < 2e-6
+        assert far(pull_ours(*arrays), pull_theirs(*arrays)) < 2e-6  # float32 sums in another order
+        assert far(jax.jit(ours)(*arrays), theirs(*arrays)) < 2e-6
 
 
 def test_a_wrong_setting_shows():
@@ -65,10 +69,10 @@ def test_bfloat16_features_keep_float32_weight_gradients():
 def test_logprobs():
     params, x, targets, weights = inputs()
     slowly = lambda p, x: jnp.take_along_axis(jax.nn.log_softmax(unembed(p, x)), targets[..., None], -1)[..., 0]
+    pull = lambda f: jax.grad(lambda p, x: (weights * jnp.exp(f(p, x))).sum(), (0, 1))(params, x)
     for chunk in (4, 512):
-        quickly = lambda p, x: chunked_logprobs(unembed, p, x, targets, chunk=chunk)
+        quickly = functools.partial(lambda chunk, p, x: chunked_logprobs(unembed, p, x, targets, chunk=chunk), chunk)
         assert far(quickly(params, x), slowly(params, x)) < 2e-6
-        pull = lambda f: jax.grad(lambda p, x: (weights * jnp.exp(f(p, x))).sum(), (0, 1))(params, x)
         assert far(pull(quickly), pull(slowly)) < 5e-6
 
 
@@ -127,7 +131,8 @@ def test_memory_is_a_chunks():
 def test_under_scan_and_vmap():
     params, x, targets, weights = inputs()
     loss = lambda p, x, t, w: chunked_cross_entropy(unembed, p, x, t, w, chunk=4)[0]
-    micro = jax.jit(lambda p: jax.lax.scan(lambda c, a: (jax.tree.map(jnp.add, c, jax.grad(loss)(p, *(b[None] for b in a))), None), jax.tree.map(jnp.zeros_like, p), (x, targets, weights))[0])
+    add = lambda p, carry, row: (jax.tree.map(jnp.add, carry, jax.grad(loss)(p, *(a[None] for a in row))), None)
+    micro = jax.jit(lambda p: jax.lax.scan(functools.partial(add, p), jax.tree.map(jnp.zeros_like, p), (x, targets, weights))[0])
     assert far(micro(params), jax.grad(loss)(params, x, targets, weights)) < 2e-6
     each = jax.jit(jax.vmap(lambda x, t, w: jax.grad(loss, 1)(params, x[None], t[None], w[None])[0]))(x, targets, weights)
     assert far(each, jax.grad(loss, 1)(params, x, targets, weights)) < 2e-6

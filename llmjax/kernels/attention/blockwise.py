@@ -37,7 +37,7 @@ def blockwise(q, k, v, *, query_positions=None, key_positions=None, query_segmen
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(K, N // K)
     if T == 1:
         out = _direct(total, q, k, v, sinks, where)
-    elif T * S <= tile * tile:
+    elif tile * tile >= T * S:
         out = short.attend(total, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, where)
     else:
         out = long.attend(total, tile, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, where)

@@ -17,8 +17,11 @@ from llmjax.kernels.attention.scores import gather, gather_turned, spread
 
 
 def attend(total, tile, q, k, v, sinks, where):
-    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`. Lengths need not divide by the tile: they are filled
-    with padding.""" T, S = q.shape[3], k.shape[2]
+    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`.
+
+    Lengths need not divide by the tile: they are filled with padding.
+    """
+    T, S = q.shape[3], k.shape[2]
     rows, cols = min(tile, T), min(tile, S)
     over, past = -T % rows, -S % cols
     query_positions, key_positions, query_segments, key_segments = where

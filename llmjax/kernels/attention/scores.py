@@ -56,8 +56,11 @@ def gather_turned(x):
 
 
 def exponentials(scores, sinks):
-    """scores [B, K, G, t, s] (-inf: unseen), sinks [K, G] or None -> exp(scores - top), their sum with the sink's (1 where it would be 0) and top, both [B, K, G, t, 1]; no
-    NaN in empty rows.""" top = scores.max(-1, keepdims=True)
+    """scores [B, K, G, t, s] (-inf: unseen), sinks [K, G] or None -> exp(scores - top), their sum with the sink's (1 where it would be 0) and top, both [B, K, G, t, 1].
+
+    No NaN in rows that see nothing: their exponentials are zeros.
+    """
+    top = scores.max(-1, keepdims=True)
     if sinks is not None:
         top = jnp.maximum(top, sinks[:, :, None, None])
     top = jnp.where(jnp.isneginf(top), 0.0, top)

@@ -48,7 +48,7 @@ def _keep(total, q, k, v, sinks, where):
 
 
 def _backward(total, kept, g):
-    q, k, v, where, out, probs, rest = kept
+    q, k, v, _, out, probs, rest = kept
     vT, qT, gT = (x.swapaxes(-1, -2) for x in (v, q, g))  # [.., H, T]
     delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)  # [B, K, G, T, 1]
     dkT, dvT = (jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), jnp.float32) for x in (k, v))
