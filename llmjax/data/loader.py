@@ -1,4 +1,5 @@
-"""The training loader: Grain reads whole batches ahead in a thread (an element costs Grain about 40 µs, so an element is a batch; a second thread made it slower). Its state is one step number."""
+"""The training loader: Grain reads whole batches ahead in a thread (an element costs Grain about 40 µs, so an element is a batch; a second
+thread made it slower). Its state is one step number."""
 from llmjax.core.errors import DataError
 
 

@@ -113,7 +113,7 @@ def test_sandbox(trained):
 def test_messages_reach_the_template_as_plain_data(trained):
     import enum
 
-    class Role(str, enum.Enum):
+    class Role(enum.StrEnum):
         user = "user"
 
     class Text(str):
