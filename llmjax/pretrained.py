@@ -18,7 +18,7 @@ from llmjax.checkpoint.families import get as family_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.mesh import RULES, Layout, Rules, shardings
 from llmjax.core.model_config import ModelConfig
-from llmjax.core.run_config import Compute
+from llmjax.core.run_config import Compute, DType
 from llmjax.core.tree import flatten, nbytes
 
 
@@ -50,7 +50,7 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"{text}: there is no such folder or .gguf file, and no known model of that name{hint}; a model of the Hub is written hf:org/name")
 
 
-def load(path: str | pathlib.Path, dtype: str = "bfloat16", param_dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
+def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType | None = None, mesh: jax.sharding.Mesh | None = None,
          rules: Rules = RULES) -> tuple[models.Decoder, dict[str, Any], tokenizers.Tokenizer | None]:
     """(model, params, tokenizer) of a checkpoint.
 

@@ -202,6 +202,43 @@ def test_gguf_llama_3(tmp_path):
     assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], answer(reference)) < 5e-5
 
 
+def test_gguf_mixture_of_experts(tmp_path):
+    """The same weights as a Mixtral folder: experts stacked, and (old files) apart."""
+    import gguf
+    reference = theirs("mixtral")
+    reference.save_pretrained(tmp_path / "hf")
+    t, c = load_file(tmp_path / "hf" / "model.safetensors"), reference.config
+    for stacked in (True, False):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        for key, value in {"context_length": 64, "embedding_length": 32, "block_count": 3, "feed_forward_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
+                           "expert_count": 4, "expert_used_count": 2}.items():
+            writer.add_uint32(f"llama.{key}", value)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
+        writer.add_float32("llama.rope.freq_base", c.rope_parameters["rope_theta"])
+        pairs = lambda x, heads: np.ascontiguousarray(x.reshape(heads, 2, -1, 32).swapaxes(1, 2).reshape(x.shape))
+        for ours, name in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")):
+            writer.add_tensor(f"{ours}.weight", t[f"{name}.weight"])
+        for l in range(3):
+            at = f"model.layers.{l}."
+            for ours, name in (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"),
+                               ("ffn_gate_inp", "block_sparse_moe.gate")):
+                writer.add_tensor(f"blk.{l}.{ours}.weight", t[f"{at}{name}.weight"])
+            writer.add_tensor(f"blk.{l}.attn_q.weight", pairs(t[at + "self_attn.q_proj.weight"], 4))
+            writer.add_tensor(f"blk.{l}.attn_k.weight", pairs(t[at + "self_attn.k_proj.weight"], 2))
+            for ours, name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+                experts = [t[f"{at}block_sparse_moe.experts.{e}.{name}.weight"] for e in range(4)]
+                for suffix, x in [("_exps", np.stack(experts))] if stacked else [(f".{e}", x) for e, x in enumerate(experts)]:
+                    writer.add_tensor(f"blk.{l}.ffn_{ours}{suffix}.weight", x)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        model, params, _ = pretrained.load(tmp_path / "m.gguf", dtype="float32")
+        assert model.config.family == "mixtral"
+        wanted = pretrained.load(tmp_path / "hf", dtype="float32")[1]
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, wanted)))
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_gguf_block_types_as_transformers_reads_them(kind, tmp_path):
     CASES["plain"] = ("Llama", {**BASE, "rope_theta": 10000.0})

@@ -45,7 +45,7 @@ class Fields:
             raise CheckpointError(f"{self.where}: the field {name!r} is missing")
         return default
 
-    def count(self, name: str, default: Any = NONE) -> int:
+    def count(self, name: str, default: Any = NONE) -> Any:
         """A whole number from 1; `default` where it is absent or null."""
         value = self.value(name, default)
         value = default if value is None and default is not NONE else value
@@ -79,7 +79,7 @@ class Fields:
             raise CheckpointError(f"{self.where}: {name}={value!r}: true or false is expected")
         return value
 
-    def activation(self, name: str, default: str) -> str:
+    def activation(self, name: str, default: str) -> Any:
         value = self.value(name, default)
         if value not in ACTIVATIONS:
             raise CheckpointError(f"{self.where}: {name}={value!r} is an activation this version does not know" + nearest(str(value), ACTIVATIONS))

@@ -36,7 +36,7 @@ def attention(pairs: bool) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def norms(added: float = 0.0, **names: str) -> tuple[Row, ...]:
+def norms(added: float = 0.0, /, **names: str) -> tuple[Row, ...]:
     return tuple(Row(f"{B}{theirs}.weight", f"{ours}/scale", added=added) for theirs, ours in names.items())
 
 
@@ -202,7 +202,8 @@ def read_gemma2(m: Meta) -> ModelConfig:
 def read_gemma3(m: Meta) -> ModelConfig:
     norm, every = norm_of(m, 1.0), int(m.get("attention.sliding_window_pattern", 6))
     mixer, window = mixer_of(m, qk_norm=QKNorm(norm)), m.get("attention.sliding_window")
-    mixer = replace(mixer, scale=gemma_scale(m, mixer.head_dim, 62), rope=mixer.rope if m.get("rope.freq_base") else replace(mixer.rope, theta=1_000_000.0))
+    far = rope_of(m, mixer.head_dim)
+    mixer = replace(mixer, scale=gemma_scale(m, mixer.head_dim, 62), rope=far if m.get("rope.freq_base") else replace(far, theta=1_000_000.0))
     near, ffn = Rope(float(m.get("rope.freq_base_swa", 10_000.0))), Mlp(int(m.one("feed_forward_length")), "gelu_tanh")
     slides = [bool(window) and bool((i + 1) % every) for i in range(int(m.need("block_count")))]
     layers = [Layer(replace(mixer, window=int(window) if s else None, rope=near if s else mixer.rope), ffn, "sandwich") for s in slides]

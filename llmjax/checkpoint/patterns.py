@@ -45,22 +45,24 @@ def parse(text: str) -> Pattern:
 
 def parse_side(text: str) -> tuple[tuple[tuple[str, ...], ...], tuple[int, int, int] | None]:
     groups: list[tuple[str, ...]] = []
-    cut, start, current = None, 0, None
+    cut: tuple[int, int, int] | None = None
+    current: list[str] = []
+    start, alone, inside = 0, False, False
     for token in re.findall(r"[()\[\]]|\w+", text):
-        if token == "(" or (token == "[" and current is None):
-            current, alone = [], token == "["
+        if token == "(" or (token == "[" and not inside):
+            current, alone, inside = [], token == "[", True
         if token == "[":
             start = len(current)
         elif token == "]":
             cut = (len(groups), start, len(current))
         elif token not in "()":
-            if current is None:
-                groups.append((token,))
-            else:
+            if inside:
                 current.append(token)
+            else:
+                groups.append((token,))
         if token == ")" or (token == "]" and alone):
             groups.append(tuple(current))
-            current = None
+            inside = False
     return tuple(groups), cut
 
 
@@ -70,14 +72,14 @@ def solve(groups: Sequence[tuple[str, ...]], shape: Sequence[int], known: Sizes)
         raise ValueError(f"{len(groups)} dimensions are expected, it has shape {tuple(shape)}")
     sizes: dict[str, int] = {"1": 1}
     for group, n in zip(groups, shape):
-        given = {a: int(a) if a.isdigit() else known.get(a) for a in group}
-        open_ = [a for a in group if given[a] is None] if len(group) > 1 else group
-        rest = math.prod(given[a] for a in group if a not in open_)
+        given = {a: int(a) if a.isdigit() else known[a] for a in group if a.isdigit() or a in known} if len(group) > 1 else {}
+        open_ = [a for a in group if a not in given]
+        rest = math.prod(given.values())
         if len(open_) > 1:
             raise ValueError(f"the sizes of {' and '.join(open_)} do not follow from a dimension of {n}")
         if n % rest or (not open_ and n != rest):
             raise ValueError(f"a dimension of {n} does not split into {' × '.join(group)}")
-        sizes |= {a: given[a] for a in group if a not in open_} | {a: n // rest for a in open_}
+        sizes |= given | {a: n // rest for a in open_}
     return sizes
 
 
@@ -92,6 +94,8 @@ def file_shape(pattern: Pattern, pieces: Sequence[Sizes]) -> tuple[int, ...]:
 
 
 def bracket(pattern: Pattern, piece: Sizes) -> int:
+    """How many numbers of the joined axis a parameter fills."""
+    assert pattern.cut
     axis, start, stop = pattern.cut
     return math.prod(piece[a] for a in pattern.left[axis][start:stop])
 

@@ -103,7 +103,8 @@ class Store:
         self._manager.close()
 
     def extra(self, step: int) -> dict[str, Any]:
-        """The JSON stored with a step."""
+        """The JSON stored with a step. Raises CheckpointError for a damaged one."""
+        self.wait()
         return self._json(step)["extra"]
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:

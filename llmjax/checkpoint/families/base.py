@@ -106,12 +106,17 @@ def widest(config: ModelConfig) -> int | None:
     return next((layer.mixer.window for layer in config.layers if layer.mixer.window is not None), None)
 
 
+def first(config: ModelConfig) -> Any:
+    """The layer whose numbers are written (reading the written config back finds it if others differ)."""
+    return config.layers[0]
+
+
 def common(config: ModelConfig, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields that most families write."""
-    first: Layer = config.layers[0]
+    top = first(config)
     ends = list(config.end_tokens)
-    return {"vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": first.ffn.hidden, "num_hidden_layers": len(config.layers),
-            "num_attention_heads": first.mixer.heads, "num_key_value_heads": first.mixer.kv_heads, "head_dim": first.mixer.head_dim, activation: SPELLINGS[first.ffn.activation],
+    return {"vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": top.ffn.hidden, "num_hidden_layers": len(config.layers),
+            "num_attention_heads": top.mixer.heads, "num_key_value_heads": top.mixer.kv_heads, "head_dim": top.mixer.head_dim, activation: SPELLINGS[top.ffn.activation],
             "rms_norm_eps": config.norm.eps, "max_position_embeddings": config.context, "tie_word_embeddings": config.tied,
             "bos_token_id": config.bos_token, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": config.pad_token}
 

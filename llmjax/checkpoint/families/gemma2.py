@@ -22,12 +22,12 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    return {**write_gemma(config), **both_ropes(config.layers[0].mixer.rope)}
+    return {**write_gemma(config), **both_ropes(base.first(config).mixer.rope)}
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share."""
-    mixer = config.layers[0].mixer
+    mixer = base.first(config).mixer
     return {**base.common(config, "hidden_activation"), "attention_bias": mixer.qkv_bias, "attn_logit_softcapping": mixer.softcap, "final_logit_softcapping": config.logit_softcap,
             "query_pre_attn_scalar": scalar(mixer), "sliding_window": base.widest(config) or 4096, "layer_types": base.layer_types(config)}
 

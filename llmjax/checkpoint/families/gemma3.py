@@ -3,6 +3,7 @@
 Of a checkpoint with pictures (model_type "gemma3") the text model is read; the vision tower and the projector are left out.
 """
 from dataclasses import replace
+from typing import Any
 
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.families.gemma2 import write_gemma
@@ -35,7 +36,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    ropes = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
+    ropes: dict[bool, Any] = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
     far, near = ropes.get(True, Rope(1_000_000.0)), ropes.get(False, Rope(10_000.0))
     old = {k: v for k, v in write_rope(far).items() if k != "rope_theta"} if far.scaling else None
     return {**write_gemma(config), "attn_logit_softcapping": None, "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},

@@ -39,12 +39,12 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    shared, size = base.common(config), config.layers[0].mixer.head_dim
+    shared, size = base.common(config), base.first(config).mixer.head_dim
     told = [layer.mixer.scale or size ** -0.5 for layer in config.layers]
     scaled, by_layer = next((flags for flags in itertools.product((True, False), (False, True)) if scales(size, len(told), *flags) == told), (True, False))
     activation = {"gelu_pytorch_tanh": "gelu_new"}.get(shared["hidden_act"], shared["hidden_act"])
     kept = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    return {**{k: shared[k] for k in kept}, "n_embd": config.dim, "n_head": config.layers[0].mixer.heads,
+    return {**{k: shared[k] for k in kept}, "n_embd": config.dim, "n_head": base.first(config).mixer.heads,
             "n_layer": len(config.layers), "n_positions": config.learned_positions, "n_inner": shared["intermediate_size"], "activation_function": activation,
             "layer_norm_epsilon": config.norm.eps, "scale_attn_weights": scaled, "scale_attn_by_inverse_layer_idx": by_layer}
 

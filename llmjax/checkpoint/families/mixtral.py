@@ -18,7 +18,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    first = config.layers[0]
+    first = base.first(config)
     return {**base.common(config), **both_ropes(first.mixer.rope), "sliding_window": first.mixer.window,
             "num_local_experts": first.ffn.experts, "num_experts_per_tok": first.ffn.top_k}
 

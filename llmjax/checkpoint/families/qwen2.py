@@ -29,7 +29,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    return {**base.common(config), **both_ropes(config.layers[0].mixer.rope), **write_windows(config)}
+    return {**base.common(config), **both_ropes(base.first(config).mixer.rope), **write_windows(config)}
 
 
 FAMILY = base.Family("qwen2", ("qwen2",), "Qwen2ForCausalLM", read, write, base.table(*base.ATTENTION, *base.MLP, *base.PRE))

@@ -18,7 +18,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    first = config.layers[0]
+    first = base.first(config)
     return {**base.common(config), **both_ropes(first.mixer.rope), **write_windows(config), "attention_bias": first.mixer.qkv_bias}
 
 
