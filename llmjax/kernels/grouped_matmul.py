@@ -102,5 +102,5 @@ def _matrices(x, g, group_sizes):
         mine = start[b] + jnp.arange(size)[:, None] < end[b]
         more = accumulate("cmd,cmf->df", parts(jnp.where(mine, cut(x, start[b], size), 0)), parts(cut(g, start[b], size)))
         old = jax.lax.dynamic_index_in_dim(dw, group[b])
-        return put(dw, old + more, group[b], 0)
+        return put(dw, old + more[None], group[b], 0)
     return jax.lax.fori_loop(0, count, step, jnp.zeros((group_sizes.shape[0], x.shape[1], g.shape[1]), jnp.float32))

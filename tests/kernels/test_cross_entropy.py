@@ -13,7 +13,7 @@ B, T, D, V = 3, 10, 16, 40
 
 
 def unembed(params, x):
-    return 3.0 * jnp.tanh(contract("btd,dv->btv", x * params["norm"].astype(x.dtype), params["head"], out_dtype=jnp.float32) / 3.0)
+    return 3.0 * jnp.tanh(contract("btd,dv->btv", x * params["norm"].astype(x.dtype)[None, None], params["head"], out_dtype=jnp.float32) / 3.0)
 
 
 def inputs(dtype=jnp.float32, scale=1.0, length=T):

@@ -53,7 +53,7 @@ def _forward(total, sides, q, k, v, sinks, where):
             p, shrink = jnp.exp(s - safe), jnp.exp(top - safe)
             acc = acc * shrink + spread(accumulate("bkps,bksh->bkph", gather(p.astype(q.dtype)), cut(v, j * cols, cols, 2)), qi)
             return new, norm * shrink + p.sum(-1, keepdims=True), acc
-        start = -jnp.inf if sinks is None else jnp.broadcast_to(sinks[:, :, None, None], (*qi.shape[:4], 1))
+        start = -jnp.inf if sinks is None else jnp.broadcast_to(sinks[None, :, :, None, None], (*qi.shape[:4], 1))
         top = jnp.full((*qi.shape[:4], 1), start, jnp.float32)
         norm = jnp.zeros_like(top) if sinks is None else jnp.ones_like(top)
         first, stop = _key_tiles(total.pattern, sides, i, S)
@@ -100,7 +100,7 @@ def _backward(total, sides, kept, g):
         return dq, (dkT.swapaxes(-1, -2).astype(k.dtype), dvT.swapaxes(-1, -2).astype(v.dtype))
     dq, (dk, dv) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(S // cols))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], S, x.shape[-1])
-    dsinks = None if sinks is None else -(jnp.exp(sinks[:, :, None, None] - lse) * delta).sum((0, 3, 4))
+    dsinks = None if sinks is None else -(jnp.exp(sinks[None, :, :, None, None] - lse) * delta).sum((0, 3, 4))
     return dq.astype(q.dtype), join(dk), join(dv), dsinks, None
 
 

@@ -62,10 +62,10 @@ def exponentials(scores, sinks):
     """
     top = scores.max(-1, keepdims=True)
     if sinks is not None:
-        top = jnp.maximum(top, sinks[:, :, None, None])
+        top = jnp.maximum(top, sinks[None, :, :, None, None])
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(scores - top)
     denominator = weights.sum(-1, keepdims=True)
     if sinks is not None:
-        denominator = denominator + jnp.exp(sinks[:, :, None, None] - top)
+        denominator = denominator + jnp.exp(sinks[None, :, :, None, None] - top)
     return weights, jnp.where(denominator == 0, 1.0, denominator), top

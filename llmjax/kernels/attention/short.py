@@ -38,7 +38,7 @@ def _forward(total, q, k, v, sinks, where):
         p = (weights / denominator).astype(q.dtype)
         outs.append(spread(accumulate("bkps,bksh->bkph", gather(p), v[:, :, cols]), block).astype(q.dtype))
         probs.append(p)
-        rests.append(None if sinks is None else jnp.exp(sinks[:, :, None, None] - top) / denominator)  # the sink's probability
+        rests.append(None if sinks is None else jnp.exp(sinks[None, :, :, None, None] - top) / denominator)  # the sink's probability
     return jnp.concatenate(outs, 3), probs, None if sinks is None else jnp.concatenate(rests, 3)
 
 
