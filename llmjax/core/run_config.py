@@ -29,7 +29,8 @@ class Compute:
     attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
     experts: Literal["auto", "blocks", "ragged", "loop"] = "auto"
     remat: Literal["full", "dots"] | None = None
-    scan: bool = True                  # layers stacked and scanned: small programs; False: every layer apart
+    scan: bool = True                  # weights of repeated layers stacked and scanned: small programs; False: every layer apart
+    unroll: bool | None = None         # run the scan as straight code where there is no cache; None: on a CPU alone, where that is a quarter faster and compiles longer
 
     def __post_init__(self):
         check_fields(self)

@@ -17,7 +17,7 @@ from llmjax.core.model_config import Attention, Norm
 from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
 from llmjax.models.context import Context
-from llmjax.models.module import Module, compact, vector, weight
+from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
 
 
@@ -35,9 +35,9 @@ class MultiHeadAttention(Module):
         k = dot("btd,dkh->btkh", x, weight(self, "k", "embed -> kv_heads head_dim", (D, K, H)))
         v = dot("btd,dkh->btkh", x, weight(self, "v", "embed -> kv_heads head_dim", (D, K, H)))
         if a.qkv_bias:
-            q = q + vector(self, "q_bias", "heads head_dim", (N, H)).astype(q.dtype)
-            k = k + vector(self, "k_bias", "kv_heads head_dim", (K, H)).astype(k.dtype)
-            v = v + vector(self, "v_bias", "kv_heads head_dim", (K, H)).astype(v.dtype)
+            q = q + along(vector(self, "q_bias", "heads head_dim", (N, H)), q)
+            k = k + along(vector(self, "k_bias", "kv_heads head_dim", (K, H)), k)
+            v = v + along(vector(self, "v_bias", "kv_heads head_dim", (K, H)), v)
         if a.qk_norm:
             q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
         q, k = context.rotate(q, a.rope), context.rotate(k, a.rope)
@@ -47,7 +47,7 @@ class MultiHeadAttention(Module):
             y, stored = self.attend(q, k, v, sinks, context, stored)
         y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (N, H, D)))
         if a.out_bias:
-            y = y + vector(self, "o_bias", "norm", (D,)).astype(y.dtype)
+            y = y + along(vector(self, "o_bias", "norm", (D,)), y)
         return y, stored
 
     def normalized(self, name: str, x: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ def next_positions(cache: Cache, shape: tuple[int, int]) -> jax.Array:
     """The positions that continue what each row holds. -> [B, T]"""
     slots = cache.slots[cache.length]
     start = jnp.max(jnp.where(slots.segments > 0, slots.positions + 1, 0), -1)
-    return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
+    return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None]
 
 
 def plan(slots: Slots, positions: jax.Array, segments: jax.Array) -> Plan:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot, take
+from llmjax.core import Compute, Layout, constrain, dot, platform, take
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
-from llmjax.models.module import Model, Module, Start, compact, rematerialised, scan, vector, weight
+from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, vector, weight
 from llmjax.models.norms import Normalize
 
 
@@ -48,7 +48,7 @@ class Head(Module):
             kernel = weight(self, "kernel", "embed -> vocab", (c.dim, c.vocab_size), Start(0.02))
             logits = dot("btd,dv->btv", x, kernel, out_dtype=jnp.float32)
         if c.head_bias:
-            logits = logits + vector(self, "bias", "vocab", (c.vocab_size,)).astype(jnp.float32)
+            logits = logits + along(vector(self, "bias", "vocab", (c.vocab_size,)), logits)
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -110,7 +110,7 @@ class Decoder(Model):
         for part, blocks in (("prefix", self.prefix), ("cycle", None), ("suffix", self.suffix)):
             if blocks is None:
                 if self.config.cycle:
-                    x, new["cycle"] = self.cycle(x, held["cycle"], context)
+                    x, new["cycle"] = self.straight(x, context) if cache is None and self.unrolls() else self.cycle(x, held["cycle"], context)
                 continue
             for block, stored in zip(blocks, held[part]):
                 x, kept = block(x, stored, context)
@@ -119,6 +119,22 @@ class Decoder(Model):
             return x, None
         layers = {part: tuple(kept) for part, kept in new.items()}
         return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False)
+
+    def unrolls(self) -> bool:
+        return not self.is_initializing() and (platform() == "cpu" if self.compute.unroll is None else self.compute.unroll)
+
+    def straight(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+        """What `self.cycle` computes without a cache, as straight code over constant slices of the stacked weights: XLA's CPU backend runs a loop's body on fewer threads and copies
+        what the backward pass needs."""
+        c, stacked = self.config, self.variables["params"]["cycle"]
+        trip = rematerialised(Cycle, self.compute.remat, scanned=False)(c.cycle, c.norm, self.compute, self.layout, parent=None)
+        told = []
+        for i in range(c.repeats):
+            (x, _), said = trip.apply({"params": jax.tree.map(lambda w: w[i], stacked)}, x, None, context, mutable=["aux"] if self.is_mutable_collection("aux") else [])      # noqa: B023
+            told.append(said.get("aux"))
+        if told[0]:
+            self.put_variable("aux", "cycle", jax.tree.map(lambda *y: jnp.stack(y), *told))
+        return x, None
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Features [..., T, D] -> logits [..., T, V] float32."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dot
 from llmjax.core.model_config import Mlp
-from llmjax.models.module import Module, compact, vector, weight
+from llmjax.models.module import Module, along, compact, vector, weight
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -35,9 +35,9 @@ class MultiLayerPerceptron(Module):
 
         def into(name):
             y = dot("btd,df->btf", x, weight(self, name, "embed -> mlp", (D, F)))
-            return y + vector(self, f"{name}_bias", "mlp", (F,)).astype(y.dtype) if m.bias else y
+            return y + along(vector(self, f"{name}_bias", "mlp", (F,)), y) if m.bias else y
         act = ACTIVATIONS[m.activation]
         h = act(into("gate")) * into("up") if m.gated else act(into("up"))
         h = constrain(h, "batch length mlp", self.layout.rules)
         y = dot("btf,fd->btd", h, weight(self, "down", "mlp -> embed", (F, D)))
-        return y + vector(self, "down_bias", "norm", (D,)).astype(y.dtype) if m.bias else y
+        return y + along(vector(self, "down_bias", "norm", (D,)), y) if m.bias else y

@@ -30,12 +30,18 @@ class Start:
     constant: float = 0.0
 
     def draw(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jnp.full(shape, self.constant, dtype) if self.std is None else normal(key, self.std, shape, jnp.dtype(dtype))
+        if self.std is None:
+            return jnp.full(shape, self.constant, dtype)
+        count = math.prod(shape)
+        if isinstance(key, jax.core.Tracer) or count > 1 << 22:
+            return (self.std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return (self.std * normals(key, max(4096, 1 << (count - 1).bit_length()))[:count]).reshape(shape).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+@functools.partial(jax.jit, static_argnums=1)
+def normals(key: jax.Array, count: int) -> jax.Array:
+    """A power of two of numbers at a time: a random program takes long to compile, and the n-th number does not depend on how many there are."""
+    return jax.random.normal(key, (count,), jnp.float32)
 
 
 class Labeled(struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -75,6 +81,11 @@ def weight(module: Module, name: str, label: str, shape: tuple[int, ...], start:
 def vector(module: Module, name: str, label: str, shape: tuple[int, ...], value: float = 0.0) -> jax.Array:
     """A bias or a scale: constant at first."""
     return weight(module, name, label, shape, Start(None, value))
+
+
+def along(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector or a small array with leading dimensions of size 1, so that it broadcasts against the last dimensions of `like`, in float32 if `like` is, else in its dtype."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape).astype(like.dtype)
 
 
 def scan(cell: type[Module], length: int) -> Any:

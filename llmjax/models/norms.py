@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llmjax.core.model_config import Norm
 from llmjax.core.run_config import Compute
-from llmjax.models.module import Module, compact, vector
+from llmjax.models.module import Module, along, compact, vector
 
 
 class Normalize(Module):
@@ -24,8 +24,8 @@ class Normalize(Module):
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + spec.eps)
         if spec.scale:
-            scale = vector(self, "scale", "norm", (size,), 1.0 - spec.offset).astype(jnp.float32)
+            scale = along(vector(self, "scale", "norm", (size,), 1.0 - spec.offset), y)
             y = y * (scale + spec.offset if spec.offset else scale)
         if spec.bias:
-            y = y + vector(self, "bias", "norm", (size,)).astype(jnp.float32)
+            y = y + along(vector(self, "bias", "norm", (size,)), y)
         return y.astype(x.dtype)

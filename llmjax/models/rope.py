@@ -18,7 +18,7 @@ def rotary_dims(rope: Rope, head_dim: int) -> int:
 
 
 def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> tuple[jax.Array, float]:
-    """-> (radians per position, [d/2] float32 or [B, 1, d/2] where they depend on the sequence; factor on sines and cosines). `length` [B]: tokens of each row, for DynamicNtk."""
+    """-> (radians per position, [d/2] float32, or [B, 1, d/2] where they depend on the sequence; factor on sines and cosines). `length` [B]: tokens of each row, for DynamicNtk."""
     d = rotary_dims(rope, head_dim)
     exponents = np.arange(0, d, 2, dtype=np.float32) / d
     plain = 1.0 / rope.theta ** exponents.astype(np.float64)
@@ -30,7 +30,7 @@ def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> t
         case DynamicNtk(factor, context):
             longest = jnp.maximum(length.astype(jnp.float32), context)
             theta = rope.theta * (factor * longest / context - (factor - 1)) ** (d / (d - 2))
-            return (1.0 / theta[:, None] ** exponents[None])[:, None], 1.0
+            return (1.0 / theta[:, None] ** jnp.asarray(exponents)[None])[:, None], 1.0
         case Llama3Scaling(factor, low_factor, high_factor, context):
             wavelength = 2 * math.pi / plain
             smooth = np.clip((context / wavelength - low_factor) / (high_factor - low_factor), 0.0, 1.0)
@@ -62,7 +62,7 @@ def yarn_frequencies(theta: float, plain: np.ndarray, d: int, yarn: Yarn) -> tup
 def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sines (signed for `rotate`) and cosines, [B, T, 1, d] float32 each, for positions [B, T] int32."""
     radians, factor = frequencies(rope, head_dim, positions.max(-1) + 1)
-    angles = (positions[..., None].astype(jnp.float32) * radians)[:, :, None]
+    angles = (positions[..., None].astype(jnp.float32) * radians.reshape(-1, 1, radians.shape[-1]))[:, :, None]
     sin, cos = jnp.sin(angles) * factor, jnp.cos(angles) * factor
     if rope.interleaved:
         return jnp.stack([-sin, sin], -1).reshape(*sin.shape[:-1], -1), jnp.repeat(cos, 2, -1)

@@ -1,0 +1,54 @@
+"""Experts against a loop over tokens in NumPy; the load-balance loss against transformers'."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.core import Compute, Layout, MixtureOfExperts
+from llmjax.models.mixture_of_experts import Experts
+from llmjax.objectives.language import router_statistics
+
+D = 16
+
+
+def run(spec, x, segments=None, experts="auto"):
+    module = Experts(spec, Compute("float32", experts=experts), Layout())
+    params = jax.tree.map(lambda b: b.value, module.init(jax.random.key(0), x, None)["params"], is_leaf=lambda b: hasattr(b, "label"))
+    y, said = jax.jit(lambda p, x: module.apply({"params": p}, x, segments, mutable=["aux"]))(params, x)
+    return jax.tree.map(np.asarray, params), np.asarray(y), said
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_against_a_loop_over_tokens(renormalize, top_k):
+    x = jax.random.normal(jax.random.key(1), (2, 9, D))
+    spec = MixtureOfExperts(5, top_k, 12, renormalize=renormalize, scale=1.5, shared=20, shared_gate=True)
+    p, y, _ = run(spec, x)
+    silu = lambda a: a / (1 + np.exp(-a))
+    for token, got in zip(np.asarray(x).reshape(-1, D), y.reshape(-1, D)):
+        logits = token @ p["router"]
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        chosen = np.argsort(-weights)[:top_k]
+        gates = weights[chosen] / (weights[chosen].sum() if renormalize else 1)
+        want = sum(1.5 * g * ((silu(token @ p["gate"][e]) * (token @ p["up"][e])) @ p["down"][e]) for g, e in zip(gates, chosen))
+        shared = (silu(token @ p["shared"]["gate"]) * (token @ p["shared"]["up"])) @ p["shared"]["down"]
+        want = want + shared / (1 + np.exp(-(token @ p["shared_gate"])))
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_balance_loss_is_transformers():
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    x = jax.random.normal(jax.random.key(2), (2, 11, D))
+    segments = jnp.asarray(np.arange(11) < 8, jnp.int32)[None].repeat(2, 0)
+    for used in (None, segments):
+        p, _, said = run(MixtureOfExperts(4, 2, 8), x, used)
+        logits = torch.tensor(np.asarray(x).reshape(-1, D) @ p["router"])
+        theirs = float(load_balancing_loss_func((logits,), 4, 2, None if used is None else torch.tensor(np.asarray(used))))
+        found = router_statistics(said)
+        assert float(found["balance_loss"]) == pytest.approx(theirs, rel=1e-5)
+        keep = np.ones(22, bool) if used is None else np.asarray(used).reshape(-1) > 0
+        z = np.log(np.exp(logits.numpy()).sum(-1))[keep]
+        assert float(found["router_z_loss"]) == pytest.approx((z ** 2).mean(), rel=1e-5)
+        assert 1.0 <= float(found["expert_imbalance" if "expert_imbalance" in found else "expert_share"]) <= 4.0
