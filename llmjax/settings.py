@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from llmjax.core import ConfigError, RunConfig, nearest
-from llmjax.core.override import call_typed, from_json, override
+from llmjax.core.override import call_typed, from_json, override, to_json
 
 
 def find(name: str) -> pathlib.Path:
@@ -64,3 +64,6 @@ def get_config(path: pathlib.Path):
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: it has no function get_config")
     return module.get_config
+
+
+__all__ = ["find", "from_json", "get_config", "load", "to_json"]

@@ -75,7 +75,9 @@ def make_stops(stop: str | Sequence[str | int] | None, tokenizer: Any, config: A
         raise ConfigError("stop: an empty text would stop at once; leave it out")
     if texts and tokenizer is None:
         raise ConfigError(f"stop={texts[0]!r} is text and there is no tokenizer: give ids, or a tokenizer")
-    tokens = tuple(int(x) for x in items if not isinstance(x, str))
+    known = tokenizer.special_tokens if tokenizer is not None else {}
+    tokens = tuple(int(x) for x in items if not isinstance(x, str)) + tuple(known[t] for t in texts if t in known)
+    texts = tuple(t for t in texts if t not in known)
     return Stops(tokens + (config.end_tokens if texts else ()), texts)
 
 
@@ -133,11 +135,17 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     else:
         while not bool(np.all(state.done)):
             state = loop(model, params, state, sampling, end, np.int32(int(state.count) + CHECK_EVERY))
-            hit = [find_stop(tokenizer.decode(ids), stops.texts) is not None for ids in made(state, stops.tokens)]
+            hit = [find_stop(new_text(tokenizer, rows[i // n], ids), stops.texts) is not None for i, ids in enumerate(made(state, stops.tokens))]
             state = dc.replace(state, done=state.done | jnp.asarray(hit))
     limits = np.asarray(state.limits)
     found = zip(made(state, stops.tokens), np.asarray(state.logprobs), np.asarray(state.tokens), limits)
-    return [finished(ids, logprobs, tokens, int(limit), tokenizer, stops) for ids, logprobs, tokens, limit in found]
+    return [finished(rows[i // n], ids, logprobs, tokens, int(limit), tokenizer, stops) for i, (ids, logprobs, tokens, limit) in enumerate(found)]
+
+
+def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of new ids as a continuation of the prompt's (SentencePiece keeps its first space then), special tokens left out."""
+    pieces = tokenizer.stream(skip_special_tokens=True, after=prompt)
+    return "".join([*map(pieces.push, ids), pieces.flush()])
 
 
 def made(state: Decoding, end_tokens: Sequence[int]) -> list[list[int]]:
@@ -159,19 +167,13 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
     return min(places) if places else None
 
 
-def finished(ids: list[int], logprobs: np.ndarray, tokens: np.ndarray, limit: int, tokenizer: Any, stops: Stops) -> Completion:
-    text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-    finish: Literal["end", "stop", "length"] = "length"
-    if len(ids) < limit and len(ids) < len(tokens) and tokens[len(ids)] in stops.tokens:
-        finish = "end"
-    if stops.texts and text is not None:
-        raw = tokenizer.decode(ids)
-        if find_stop(raw, stops.texts) is not None:
-            keep = next(i for i in range(1, len(ids) + 1) if find_stop(tokenizer.decode(ids[:i]), stops.texts) is not None)
-            ids, finish = ids[:keep], "stop"
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            at = find_stop(text, stops.texts)
-            text = text if at is None else text[:at]
+def finished(prompt: list[int], ids: list[int], logprobs: np.ndarray, tokens: np.ndarray, limit: int, tokenizer: Any, stops: Stops) -> Completion:
+    text = None if tokenizer is None else new_text(tokenizer, prompt, ids)
+    finish: Literal["end", "stop", "length"] = "end" if len(ids) < min(limit, len(tokens)) and tokens[len(ids)] in stops.tokens else "length"
+    at = None if text is None else find_stop(text, stops.texts)
+    if at is not None:
+        keep = next(i for i in range(1, len(ids) + 1) if find_stop(new_text(tokenizer, prompt, ids[:i]), stops.texts) is not None)
+        ids, text, finish = ids[:keep], text[:at], "stop"       # type: ignore[index]
     return Completion(ids, text, [float(x) for x in logprobs[:len(ids)]], finish)
 
 
@@ -190,7 +192,7 @@ def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_n
     stops, sampling = make_stops(stop, tokenizer, model.config), make_sampling(1, **{"temperature": 0.0, **knobs})
     model, params = prepared(model, params)
     state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1)
-    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops)
+    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops, rows[0])
 
 
 def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Sampling, stops: Stops, keep: list | None = None) -> Iterator[int]:
@@ -209,9 +211,9 @@ def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Samplin
         state = loop(model, params, state, sampling, end, np.int32(count + 1))
 
 
-def pieces(ids: Iterator[int], tokenizer: Any, stops: Stops) -> Iterator[str]:
-    """Ids as text that never holds half a character nor any part of a stop string."""
-    detokenizer, held = tokenizer.stream(), ""
+def pieces(ids: Iterator[int], tokenizer: Any, stops: Stops, prompt: Sequence[int]) -> Iterator[str]:
+    """Ids as text that continues the prompt's and never holds half a character nor any part of a stop string."""
+    detokenizer, held = tokenizer.stream(skip_special_tokens=True, after=prompt), ""
     for token in ids:
         held += detokenizer.push(token)
         at = find_stop(held, stops.texts)

@@ -57,7 +57,7 @@ class Session:
                       np.asarray(stops.tokens, np.int32), bucket(limit))
         kept, answer = [state], []
         try:
-            for piece in pieces(token_stream(self.model, self.params, state, sampling, stops, kept), self.tokenizer, stops):
+            for piece in pieces(token_stream(self.model, self.params, state, sampling, stops, kept), self.tokenizer, stops, ids):
                 answer.append(piece)
                 yield piece
         finally:

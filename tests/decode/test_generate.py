@@ -1,0 +1,136 @@
+"""Generation: greedy = naive, ragged = alone, rings, stops, seeds, limits, streams, conversations kept in the cache."""
+import dataclasses as dc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import decode, tokenizers
+from llmjax.core import Attention, Compute, ConfigError, Layer, Mlp, ModelConfig, Rope
+from llmjax.decode.generate import bucket, find_stop
+from llmjax.models import Decoder, init_params
+
+V = 70
+LAYER = Layer(Attention(4, 2, 8, Rope()), Mlp(40))
+RING = dc.replace(LAYER, mixer=dc.replace(LAYER.mixer, window=6))
+
+
+@pytest.fixture(scope="module")
+def made():
+    model = Decoder(ModelConfig(V, 32, cycle=(RING, LAYER), repeats=2, tied=True, context=96, end_tokens=(V - 1,)), Compute("float32"))
+    return model, jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(0)))
+
+
+def naive(model, params, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        padded = jnp.zeros((1, 64), jnp.int32).at[0, :len(ids)].set(jnp.asarray(ids))
+        segments = (jnp.arange(64) < len(ids)).astype(jnp.int32)[None]
+        logits, _ = model.apply({"params": params}, padded, None, segments)
+        ids.append(int(logits[0, len(ids) - 1].argmax()))
+    return ids[len(prompt):]
+
+
+def test_greedy_is_naive_and_rows_do_not_mix(made):
+    model, params = made
+    prompts = [[5, 6, 7], list(range(1, 21)), [9]]
+    together = decode.generate(model, params, None, prompts, max_new_tokens=12, stop=[])
+    assert together == [naive(model, params, p, 12) for p in prompts]
+    assert together[1] == decode.generate(model, params, None, [prompts[1]], max_new_tokens=12, stop=[])[0]
+
+
+def test_a_draw_depends_on_seed_and_position_alone(made):
+    model, params = made
+    knobs = dict(max_new_tokens=10, temperature=1.0, stop=[])
+    prompts = [[5, 6, 7], [9] * 20]
+    together = decode.generate(model, params, None, prompts, seed=[3, 4], **knobs)
+    assert together == [decode.generate(model, params, None, [p], seed=[s], **knobs)[0] for p, s in zip(prompts, (3, 4))]
+    assert decode.generate(model, params, None, prompts, seed=1, **knobs) == decode.generate(model, params, None, prompts, seed=1, **knobs)
+    assert decode.generate(model, params, None, prompts, seed=1, **knobs) != decode.generate(model, params, None, prompts, seed=2, **knobs)
+    many = decode.generate(model, params, None, [[5, 6, 7]], seed=1, n=3, **knobs)[0]
+    assert len(many) == 3 and many[0] != many[1] and all(len(x) == 10 for x in many)
+
+
+def test_end_tokens_limits_and_logprobs(made):
+    model, params = made
+    plain = decode.complete(model, params, None, [[5, 6, 7]], max_new_tokens=12, stop=[])[0]
+    assert plain.finish == "length" and len(plain.ids) == len(plain.logprobs) == 12
+    cut = plain.ids[5]
+    stopped = decode.complete(model, params, None, [[5, 6, 7]], max_new_tokens=12, stop=[cut])[0]
+    assert stopped.finish == "end" and stopped.ids == plain.ids[:plain.ids.index(cut)]
+    full, _ = model.apply({"params": params}, jnp.asarray([[5, 6, 7, *plain.ids]]))
+    logprobs = jax.nn.log_softmax(full)[0]
+    want = [float(logprobs[2 + i, t]) for i, t in enumerate(plain.ids)]
+    np.testing.assert_allclose(plain.logprobs, want, atol=1e-4)
+    long = decode.complete(model, params, None, [[5] * 90], max_new_tokens=50, stop=[])[0]
+    assert len(long.ids) == 7 and long.finish == "length"          # positions 90 to 96: the context is full
+
+
+@pytest.mark.parametrize("prompts, knobs, word", [
+    ([[]], {}, "empty"), ([[5] * 97], {}, "context is 96"), ([[V]], {}, f"id {V}"), ([[5]], dict(temperature=-1.0), "temperature=-1.0"), ([[5]], dict(top_p=1.5), "top_p=1.5"),
+    ([[5]], dict(top_k=0), "top_k=0"), ([[5]], dict(max_new_tokens=0), "max_new_tokens=0"), ([[5]], dict(seed=[1, 2]), "2 seeds for 1"), (["text"], {}, "no tokenizer"),
+    ([5, 6], {}, "list of prompts"), ([[5]], dict(stop=["x"]), "no tokenizer"), ([[5]], dict(temperature=[0.1, 0.2]), "2 values for 1 rows"), ([[5]], dict(n=0), "n=0")])
+def test_bad_input_is_named(made, prompts, knobs, word):
+    with pytest.raises(ConfigError, match=word):
+        decode.generate(*made, None, prompts, **knobs)
+
+
+def test_unprepared_prepared_and_steps_agree(made):
+    model, params = made
+    ready = decode.prepare(model, params)
+    assert decode.generate(*ready, None, [[5, 6, 7]], max_new_tokens=6, stop=[]) == decode.generate(model, params, None, [[5, 6, 7]], max_new_tokens=6, stop=[])
+    cache = decode.init_cache(ready[0], 1, 16)
+    where = np.arange(3, dtype=np.int32)[None]
+    logits, cache = decode.prefill(*ready, np.asarray([[5, 6, 7]], np.int32), where, np.ones((1, 3), np.int32), cache)
+    ids = []
+    for i in range(6):
+        ids.append(int(logits[0].argmax()))
+        logits, cache = decode.decode_step(*ready, np.asarray(ids[-1:], np.int32), np.asarray([3 + i], np.int32), np.ones(1, bool), cache)
+    assert ids == naive(model, params, [5, 6, 7], 6)
+
+
+CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def talking():
+    """A byte tokenizer with a template, and a full-attention model with its vocabulary."""
+    tokenizer = tokenizers.bytes_tokenizer(("<|endoftext|>",), eos="<|endoftext|>").with_chat_template(CHAT)
+    model = Decoder(ModelConfig(-(-tokenizer.vocab_size // 8) * 8, 32, cycle=(LAYER,), repeats=2, tied=True, context=1024, end_tokens=(tokenizer.eos_id,)), Compute("float32"))
+    return model, jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(0))), tokenizer
+
+
+def test_streamed_pieces_are_the_text(talking):
+    model, params, tokenizer = talking
+    whole = decode.complete(model, params, tokenizer, ["Hello"], max_new_tokens=30, temperature=1.0, seed=[7])[0]
+    pieces = list(decode.stream(model, params, tokenizer, "Hello", max_new_tokens=30, temperature=1.0, seed=[7]))
+    assert "".join(pieces) == whole.text and len(pieces) > 3
+    stop = whole.text[8:10]
+    stopped = decode.complete(model, params, tokenizer, ["Hello"], max_new_tokens=30, temperature=1.0, seed=[7], stop=[stop])[0]
+    assert stopped.finish == "stop" and stopped.text == whole.text[:whole.text.index(stop)]
+    assert "".join(decode.stream(model, params, tokenizer, "Hello", max_new_tokens=30, temperature=1.0, seed=[7], stop=[stop])) == stopped.text
+
+
+def test_a_conversation_is_kept_in_the_cache(talking):
+    """Two turns cost the tokens of both once, and the second answer is what the whole conversation gives anew; the cache grows past its first size."""
+    model, params, tokenizer = talking
+    session = decode.Session(model, params, tokenizer)
+    first = "".join(session.say("Good morning. " * 20, max_new_tokens=12))
+    fed = session.fed
+    second = "".join(session.say("And now? " * 40, max_new_tokens=12))
+    ids = tokenizer.apply_chat_template(session.messages[:-1], add_generation_prompt=True)
+    assert session.cache.length == 1024 and len(ids) > 512
+    assert session.fed - fed < len(ids) - fed + 24, "history was computed again"
+    again = decode.Session(model, params, tokenizer)
+    again.messages = session.messages[:2]
+    assert "".join(again.say("And now? " * 40, max_new_tokens=12)) == second and first == session.messages[1]["content"]
+    with pytest.raises(ConfigError, match="room for 1024"):
+        list(session.say("x" * 1100))
+    session.reset()
+    assert "".join(session.say("Good morning. " * 20, max_new_tokens=12)) == first
+
+
+def test_small_things():
+    assert [bucket(n) for n in (1, 16, 17, 200, 256, 257, 600)] == [16, 16, 32, 256, 256, 512, 768]
+    assert find_stop("abcabc", ("ca", "bc")) == 1 and find_stop("abc", ("x",)) is None
