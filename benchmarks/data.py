@@ -1,34 +1,20 @@
 """What the data room does in a second, beside named peers on the same work: packing and reading against Grain's best-fit packer, tokenising into shards against `tokenizers` alone.
 
-    python benchmarks/data.py [--megabytes=8] [--context=1024] [--batch=8] [--repeats=3]
+    python benchmarks/data.py [--megabytes=8] [--context=1024] [--batch=8] [--rounds=3] [--save]
 
 Prints one JSON line. Expect, on two cores: packing and reading five to ten times Grain's, rows fuller; tokenising 0.8 to 1 of what `tokenizers` does without writing
-anything. """
-import argparse
-import json
-import os
+anything.
+"""
 import pathlib
-import platform
 import tempfile
-import time
-from importlib.metadata import version
 
+import common
 import numpy as np
 
 from llmjax import data
 from llmjax.data import shards, sources
 from llmjax.data.dataset import Piece, Split
 from llmjax.data.packing import best_fit
-
-
-def best(function, repeats):
-    """The shortest of some runs, in seconds, and what it gave."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - begin)
-    return min(times), result
 
 
 def ours(store, context, batch):
@@ -64,14 +50,14 @@ def grains(store, context, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, rounds=3)
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    megabytes, vocabulary = (0.3, 512) if args.smoke else (args.megabytes, 8192)
     documents = []
-    for document in sources.records(data.StandardLibrary(int(args.megabytes * 1e6))):  # cut into stretches of the lengths that web pages have, so that there is something to pack
+    for document in sources.records(data.StandardLibrary(int(megabytes * 1e6))):  # cut into stretches of the lengths that web pages have, so that there is something to pack
         rng, at = np.random.default_rng(len(documents)), 0
         while at < len(document.text):
             size = int(rng.lognormal(7.0, 1.0)) + 50
@@ -80,32 +66,25 @@ def main():
     texts = [d.text for d in documents]
     size = sum(len(t.encode()) for t in texts)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = data.make_tokenizer(data.Corpus(data.StandardLibrary(2_000_000), data.TrainBpe(8192), None), folder, progress=False)
+        tokenizer = data.make_tokenizer(data.Corpus(data.StandardLibrary(int(min(2, megabytes) * 1e6)), data.TrainBpe(vocabulary), None), folder, progress=False)
         runs = iter(range(1000))
         knobs = dict(separator="eos", empty="error", shard_bytes=4_000_000, workers=1)
-        shard_time, store = best(lambda: shards.make_store(documents, pathlib.Path(folder, f"run{next(runs)}"), {}, tokenizer, **knobs), args.repeats)
-        plain_time, _ = best(lambda: [tokenizer.backend.encode_batch(texts[i:i + 1000], add_special_tokens=False) for i in range(0, len(texts), 1000)], args.repeats)
-        plan_time, plan = best(lambda: best_fit(store.document_starts, args.context), args.repeats)
-        our_time, (our_tokens, our_rows) = best(lambda: ours(store, args.context, args.batch), args.repeats)
-        their_time, (their_tokens, their_rows) = best(lambda: grains(store, args.context, args.batch), args.repeats)
-        split = Split([Piece(store, plan, 1.0)], args.context, 0)
-        read_time, _ = best(lambda: [split.batch(i, 64) for i in range(max(1, plan.rows // 64))], args.repeats)
-    print(json.dumps({
-        "benchmark": "data", "megabytes": round(size / 1e6, 2), "documents": len(texts), "tokens": store.length, "context": args.context, "batch": args.batch,
-        "pack_and_read_mtok_s": {"llmjax": round(our_tokens / our_time / 1e6, 2), "grain BestFitPackIterDataset": round(their_tokens / their_time / 1e6, 2),
-                                 "ratio": round(our_tokens / our_time / (their_tokens / their_time), 2)},
-        "row_fill": {"llmjax": round(our_tokens / our_rows / args.context, 4), "grain": round(their_tokens / their_rows / args.context, 4)},
-        "plan_mtok_s": round(store.length / plan_time / 1e6, 1), "read_krows_s_batch_64": round(max(1, plan.rows // 64) * 64 / read_time / 1e3, 1),
-        "tokenise_mb_s": {"llmjax into shards": round(size / shard_time / 1e6, 2), "tokenizers encode_batch": round(size / plain_time / 1e6, 2),
-                          "ratio": round(plain_time / shard_time, 2)},
-        "hardware": {"cpu": cpu(), "cores": os.cpu_count()}, "versions": {name: version(name) for name in ("grain", "tokenizers", "numpy")} | {"python": platform.python_version()},
-    }))
-
-
-def cpu():
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0] if names else platform.processor()
+        writing, made = common.turns({
+            "llmjax into shards": lambda: shards.make_store(documents, pathlib.Path(folder, f"run{next(runs)}"), {}, tokenizer, **knobs),
+            "tokenizers, nothing written": lambda: sum(len(tokenizer.backend.encode_batch(texts[i:i + 1000], add_special_tokens=False)) for i in range(0, len(texts), 1000)),
+        }, args.rounds, warm=1)
+        store = made["llmjax into shards"]
+        packing, packed = common.turns({"llmjax": lambda: ours(store, args.context, args.batch), "grain BestFitPackIterDataset": lambda: grains(store, args.context, args.batch)},
+                                       args.rounds, warm=1)
+        planning, plans = common.turns({"plan": lambda: best_fit(store.document_starts, args.context)}, args.rounds, warm=1)
+        split = Split([Piece(store, plans["plan"], 1.0)], args.context, 0)
+        batches = max(1, plans["plan"].rows // 64)
+        reading, _ = common.turns({"read": lambda: sum(len(split.batch(i, 64)["tokens"]) for i in range(batches))}, args.rounds, warm=1)
+    rows = [common.row(f"packing and reading rows of {args.context:,} tokens", "Mtok/s", {name: packed[name][0] / s / 1e6 for name, s in packing.items()}, more_is_better=True),
+            common.row("tokenising, one process", "MB/s", {name: size / s / 1e6 for name, s in writing.items()}, more_is_better=True)]
+    common.emit("data", args, rows, ("grain", "tokenizers", "numpy"), megabytes=round(size / 1e6, 2), documents=len(texts), tokens=store.length, batch=args.batch,
+                row_fill={name: round(tokens / count / args.context, 4) for name, (tokens, count) in packed.items()},
+                plan_mtok_s=round(store.length / planning["plan"] / 1e6, 1), read_krows_s_batch_64=round(batches * 64 / reading["read"] / 1e3, 1))
 
 
 if __name__ == "__main__":

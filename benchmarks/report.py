@@ -1,0 +1,69 @@
+"""benchmarks/results/*.json -> the table of the README, between its two markers.
+
+    python benchmarks/report.py            writes it into README.md
+    python benchmarks/report.py --print    shows it
+"""
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+MARKER = "<!-- benchmarks -->"
+ORDER = ("train_step", "decode", "data")
+
+
+def results(folder: pathlib.Path = ROOT / "benchmarks" / "results") -> list[dict]:
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda r: ("device" in r["hardware"], ORDER.index(r["benchmark"]) if r["benchmark"] in ORDER else len(ORDER)))
+
+
+def machine(result: dict) -> str:
+    hardware = result["hardware"]
+    return (f"{hardware['device']}, " if "device" in hardware else "") + f"{hardware['cpu']}, {hardware['cores']} cores"
+
+
+def amount(value: float, unit: str) -> str:
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def line(row: dict, result: dict) -> str:
+    """what | llmjax | the others | ratio"""
+    def told(name: str, value: float) -> str:
+        mfu = result.get("mfu", {}).get(name)
+        return amount(value, row["unit"]) + (f", MFU {mfu:.0%}" if mfu else "")
+    ours = [f"{told(name, v)} ({name.removeprefix('llmjax').strip()})".replace(" ()", "") for name, v in row["sides"].items() if name.startswith("llmjax")]
+    theirs = [f"{told(name, v)} ({name})" for name, v in row["sides"].items() if not name.startswith("llmjax")]
+    return f"| {row['what']} | {'; '.join(ours)} | {'; '.join(theirs)} | {row['ratio']:.2f} × |"
+
+
+def table(found: list[dict]) -> str:
+    if not found:
+        return "`benchmarks/results/` holds no measurements yet."
+    lines = []
+    for place in dict.fromkeys(machine(r) for r in found):
+        here = [r for r in found if machine(r) == place]
+        versions = {name: v for r in here for name, v in r["versions"].items()}
+        lines += [f"On {place} ({', '.join(f'{name} {v}' for name, v in versions.items())}):", "", "| work | llmjax | peer | llmjax / best peer |", "|---|---|---|---|",
+                  *[line(row, r) for r in here for row in r["rows"]], ""]
+    return "\n".join(lines).rstrip()
+
+
+def put(text: str, made: str) -> str:
+    """README text with `made` between its two markers. Raises ValueError where there are not two."""
+    parts = text.split(MARKER)
+    if len(parts) != 3:
+        raise ValueError(f"README.md: {MARKER} is wanted twice, it is there {len(parts) - 1} times")
+    return f"{parts[0]}{MARKER}\n{made}\n{MARKER}{parts[2]}"
+
+
+def main() -> None:
+    made = table(results())
+    if "--print" in sys.argv[1:]:
+        print(made)
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(put(readme.read_text(), made))
+
+
+if __name__ == "__main__":
+    main()
