@@ -126,11 +126,13 @@ class Decoder(Model):
     def straight(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         """What `self.cycle` computes without a cache, as straight code over constant slices of the stacked weights: XLA's CPU backend runs a loop's body on fewer threads and copies
         what the backward pass needs."""
-        c, stacked = self.config, self.variables["params"]["cycle"]
+        c = self.config
+        # lax.split: its gradient is one concatenation; that of indexing would be a padded sum of whole stacks
+        parts = jax.tree.map(lambda w: jax.lax.split(w, (1,) * c.repeats), self.variables["params"]["cycle"])
         trip = rematerialised(Cycle, self.compute.remat, scanned=False)(c.cycle, c.norm, self.compute, self.layout, parent=None)
         told = []
         for i in range(c.repeats):
-            (x, _), said = trip.apply({"params": jax.tree.map(lambda w: w[i], stacked)}, x, None, context, mutable=["aux"] if self.is_mutable_collection("aux") else [])      # noqa: B023
+            (x, _), said = trip.apply({"params": jax.tree.map(lambda w: w[i][0], parts, is_leaf=lambda w: isinstance(w, list | tuple))}, x, None, context, mutable=["aux"] if self.is_mutable_collection("aux") else [])      # noqa: B023
             told.append(said.get("aux"))
         if told[0]:
             self.put_variable("aux", "cycle", jax.tree.map(lambda *y: jnp.stack(y), *told))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llmjax.core import Compute, Layout, dense, dot
 from llmjax.core.model_config import MixtureOfExperts, Mlp
 from llmjax.kernels import grouped_matmul
-from llmjax.models.feed_forward import ACTIVATIONS, MultiLayerPerceptron
+from llmjax.models.feed_forward import MultiLayerPerceptron, gate
 from llmjax.models.module import Module, compact, weight
 
 
@@ -37,10 +37,10 @@ class Experts(Module):
 
         def product(x, w):
             return grouped_matmul(x, w, sizes, implementation=self.compute.experts)
-        up, gate = (dense(weight(self, name, "expert | embed -> mlp", (E, D, F))) for name in ("up", "gate"))
+        up, into = (dense(weight(self, name, "expert | embed -> mlp", (E, D, F))) for name in ("up", "gate"))
         down = dense(weight(self, "down", "expert | mlp -> embed", (E, F, D)))
         with jax.named_scope("experts"):
-            h = ACTIVATIONS[m.activation](product(rows, gate)) * product(rows, up)
+            h = gate(m.activation, product(rows, into), product(rows, up))
             y = product(h, down)
         back = jnp.argsort(order)
         y = jnp.einsum("mkd,mk->md", y[back].reshape(-1, m.top_k, D).astype(jnp.float32), gates).astype(x.dtype).reshape(B, T, D)
