@@ -23,7 +23,7 @@ def execute(file: pathlib.Path, folder: str | pathlib.Path):
     """The notebook run from the top in `folder`. A cell that fails raises."""
     notebook = nbformat.read(file, as_version=4)
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute(env=env)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(folder)}}).execute(env=env)
     return notebook
 
 
