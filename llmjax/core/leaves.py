@@ -63,13 +63,10 @@ class Int8:
 @register_dataclass
 @dc.dataclass(frozen=True)
 class Transposed:
-    """The weight with its dimensions in the order `order` of the original: w = w_original.transpose(order)."""
+    """A weight of `shape` [in…, out…], of which the first `inputs` dimensions are contracted, kept as the matrix w [prod(out), prod(in)]: what a CPU reads fastest for one token."""
     w: jax.Array
-    order: tuple[int, ...] = dc.field(metadata=dict(static=True))
-
-    @property
-    def shape(self):
-        return tuple(self.w.shape[self.order.index(i)] for i in range(self.w.ndim))
+    shape: tuple[int, ...] = dc.field(metadata=dict(static=True))
+    inputs: int = dc.field(metadata=dict(static=True))
 
     @property
     def dtype(self):
@@ -77,7 +74,7 @@ class Transposed:
 
     @property
     def ndim(self):
-        return self.w.ndim
+        return len(self.shape)
 
 
 KINDS = (Lora, Int8, Transposed)
@@ -91,7 +88,7 @@ def is_leaf(x: Any) -> bool:
 def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> jax.Array:
     """einsum(equation, x, weight) for any kind of weight, accumulated in float32, in x's dtype unless `out_dtype` says otherwise.
 
-    equation: "btd,dnh->btnh": activations first, then the weight with its batch axes, contracted axes and produced axes in this order.
+    equation: "btd,dnh->btnh": activations (the contracted axes last), then the weight with its batch axes, contracted axes and produced axes in this order.
     """
     if isinstance(weight, Lora):
         down, up = lora_equations(equation, weight.a.ndim, weight.b.ndim, weight.ndim)
@@ -105,9 +102,13 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
         y = jnp.einsum(equation, x, weight.q.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * aligned(scale, kept, out)).astype(out_dtype or x.dtype)
     if isinstance(weight, Transposed):
-        left, out = equation.split("->")
-        letters, names = left.split(",")
-        return contract(f"{letters},{''.join(names[i] for i in weight.order)}->{out}", x, weight.w, out_dtype=out_dtype)
+        lead = x.shape[:x.ndim - weight.inputs]
+        rows = x.reshape(-1, weight.w.shape[1])
+        count = rows.shape[0]
+        if count == 1 and rows.dtype.itemsize == 2:      # XLA's CPU products of 16-bit numbers need two rows, else they convert the whole weight
+            rows = jnp.pad(rows, [(0, 1), (0, 0)])
+        y = contract("td,fd->tf", rows, weight.w, out_dtype=out_dtype)
+        return y[:count].reshape(*lead, *weight.shape[weight.inputs:])
     return contract(equation, x, weight, out_dtype=out_dtype)
 
 
@@ -143,7 +144,7 @@ def dense(weight: Any) -> jax.Array:
     if isinstance(weight, Int8):
         return weight.q.astype(weight.scale.dtype) * weight.scale
     if isinstance(weight, Transposed):
-        return weight.w.transpose([weight.order.index(i) for i in range(weight.w.ndim)])
+        return weight.w.T.reshape(weight.shape)
     return weight
 
 
@@ -156,7 +157,7 @@ def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
         scale = table.scale if table.scale.shape[0] == 1 else table.scale[ids]
         return table.q[ids].astype(dtype) * scale.reshape(scale.shape[-1] if table.scale.shape[0] == 1 else scale.shape).astype(dtype)
     if isinstance(table, Transposed):
-        return (table.w[:, ids].transpose([*range(1, ids.ndim + 1), 0]) if table.order == (1, 0) else table.w[ids]).astype(dtype)
+        return jnp.moveaxis(table.w[:, ids], 0, -1).astype(dtype)
     return table[ids].astype(dtype)
 
 

@@ -5,6 +5,7 @@ Training keeps layers stacked for `nn.scan`; slicing a stack inside the token lo
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 import weakref
 from typing import Any
 
@@ -44,11 +45,12 @@ def stack(config: ModelConfig, params: dict) -> dict:
 
 
 def output_first(label: Label, w: Any) -> Any:
-    """A matrix as a Transposed leaf with its produced dimensions before the contracted ones; everything else as it is. An embedding is already stored so for the head."""
+    """A matrix as a Transposed leaf; everything else as it is. An embedding is already stored as the head reads it."""
     if is_leaf(w) or not label.is_matrix or label.batch or label.inputs in (("vocab",), ("position",)):
         return w
-    order = label.dims("outputs") + label.dims("inputs")
-    return Transposed(w.transpose(order), order)
+    count = len(label.inputs)
+    size = math.prod(w.shape[:count])
+    return Transposed(w.reshape(size, -1).T, w.shape, count)
 
 
 def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
