@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     top = Parser(prog="llmjax", formatter_class=argparse.RawDescriptionHelpFormatter, usage="llmjax VERB [options]",
                  description=f"The whole life of a language model in JAX.\n\nverbs:\n{lines}\n\nllmjax VERB --help tells a verb's options.")
     top.add_argument("--version", action="version", version=version())
-    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser, metavar="VERB", help=argparse.SUPPRESS)
+    verbs = top.add_subparsers(prog="llmjax", dest="verb", required=True, parser_class=Parser, metavar="VERB", help=argparse.SUPPRESS)
 
     def add(name: str, more: str = "") -> argparse.ArgumentParser:
         parser = verbs.add_parser(name, help=VERBS[name], description=VERBS[name][0].upper() + VERBS[name][1:] + "." + (f"\n\n{more}" if more else ""),
@@ -255,7 +255,10 @@ def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("show needs --config=FILE.py or --model=NAME")
     config = read_config(args, overrides) if args.config else None
     from llmjax import run
-    print(run.show_model(args.model) if args.model else run.show_sharding(config) if args.sharding else run.show_config(config))
+    if config is None:
+        print(run.show_model(args.model))
+    else:
+        print(run.show_sharding(config) if args.sharding else run.show_config(config))
     return 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
 from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
 from llmjax.core.override import as_text, from_json, to_json
-from llmjax.core.run_config import in_steps
+from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
 FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard")     # what a run may change when it goes on
@@ -59,7 +59,8 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
         place = placing(mesh, config)
 
         def evaluate(params):
-            return train.evaluate(model.apply, params, corpus.validation.batches(config.batch_size, jax.process_index(), jax.process_count()), corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
+            batches = corpus.validation.batches(config.batch_size, jax.process_index(), jax.process_count())
+            return train.evaluate(model.apply, params, batches, corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
         peak, source = train.peak_flops(config.compute.dtype)
         if not quiet:
             announce(console, config, model, corpus, total, begun, peak, source)
@@ -183,7 +184,7 @@ def read_prompts(file: str | pathlib.Path) -> list[str]:
     return prompts
 
 
-def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: str | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
+def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
     """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
     if tokenizer is None:
@@ -197,12 +198,12 @@ def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: 
             yield {"prompt": texts[i // n], "text": done.text, "finish": done.finish, "tokens": len(done.ids)}
 
 
-def usual_dtype() -> str:
+def usual_dtype() -> DType:
     """float32 on a CPU, whose matrix-vector products are fastest in it; bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def chat(model: str, *, system: str | None = None, dtype: str | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
+def chat(model: str, *, system: str | None = None, dtype: DType | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
     """A conversation on the terminal. `lines`: an iterator of what the user says (default: asks for it); /reset forgets, /quit ends."""
     out = out or sys.stdout
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
@@ -210,7 +211,7 @@ def chat(model: str, *, system: str | None = None, dtype: str | None = None, max
     del params
     if lines is None:
         with contextlib.suppress(ImportError):
-            import readline                       # noqa: F401  (line editing and history for input())
+            import readline  # noqa: F401  (line editing and history for input())
     print(f"{model}: /reset forgets the conversation, /quit or Ctrl-D ends", file=out)
     while (text := ask(lines)) is not None:
         if text.strip() in ("/quit", "/exit"):
@@ -243,7 +244,7 @@ def ask(lines: Any) -> str | None:
 
 # eval, convert, tokenizer, data, show
 
-def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: str | None = None, progress: bool = True) -> dict[str, float]:
+def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None, progress: bool = True) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens."""
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
     if tokenizer is None:
@@ -257,7 +258,7 @@ def evaluate(model: str, file: str, *, context: int | None = None, batch_size: i
     return train.evaluate(module.apply, params, batches, tokenizer.token_lengths(), module.config.vocab_size)
 
 
-def convert(source: str, target: str, *, dtype: str = "bfloat16") -> dict[str, Any]:
+def convert(source: str, target: str, *, dtype: DType = "bfloat16") -> dict[str, Any]:
     """A checkpoint of any kind that can be read, written in Hugging Face layout with weights in `dtype`."""
     module, params, tokenizer = pretrained.load(source, dtype=dtype)
     pretrained.save(target, module, params, tokenizer)

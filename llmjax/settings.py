@@ -6,6 +6,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+import ml_collections
+
 from llmjax.core import ConfigError, RunConfig, nearest
 from llmjax.core.override import call_typed, from_json, override, to_json
 
@@ -37,7 +39,7 @@ def load(text: str, overrides: Sequence[str] = ()) -> RunConfig:
         config = call_typed(get_config(path), arguments, name)
     else:
         raise ConfigError(f"--config={name}: a .py file with get_config, or a run's config.json is wanted")
-    if type(config).__name__ == "ConfigDict":                        # ml_collections: the same fields, by name
+    if isinstance(config, ml_collections.ConfigDict):                # the same fields, by name
         fields = {key: config[key] for key in config}
         unknown = [key for key in fields if key not in RunConfig.__dataclass_fields__]
         if unknown:

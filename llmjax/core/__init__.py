@@ -6,7 +6,7 @@ from llmjax.core.leaves import Int8, Lora, Transposed, add_lora, dense, dot, is_
 from llmjax.core.mesh import Layout, batch_parts, batch_sharding, constrain, explain_sharding, from_layout, make_mesh, shardings
 from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, find_cycle, unrolled
 from llmjax.core.platform import platform
-from llmjax.core.run_config import AdamW, Adafactor, Compute, Constant, Guard, Linear, Lion, Muon, RunConfig, WarmupCosine, WarmupStableDecay
+from llmjax.core.run_config import Adafactor, AdamW, Compute, Constant, Guard, Linear, Lion, Muon, RunConfig, WarmupCosine, WarmupStableDecay
 
 __all__ = [
     "Adafactor", "AdamW", "Attention", "CheckpointError", "Compute", "ConfigError", "Constant", "DataError", "Guard", "Int8", "Label", "Layer", "Layout", "Linear", "Lion", "Lora",

@@ -89,7 +89,7 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
         raise ShardingError(f"mesh: {given} needs {'a multiple of ' if unknown else ''}{product} devices, there are {len(devices)}; change an axis, or start with more devices")
     if unknown:
         sizes[unknown[0]] = len(devices) // product
-    shape = [sizes[axis] for axis in MESH_AXES]
+    shape = [sizes[axis] or 1 for axis in MESH_AXES]
     types = (AxisType.Auto,) * len(shape)
     if devices == list(jax.devices()):
         return jax.make_mesh(shape, MESH_AXES, axis_types=types)
@@ -104,7 +104,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules
     """The PartitionSpec of one array: each dimension's rule, left to right; a mesh axis serves one dimension. Raises ShardingError naming parameter, dimension, axis and a fix."""
     spec: list[Any] = []
     used: set[str] = set()
-    table = {}
+    table: dict[str, Any] = {}
     for rule, target in rules:
         table.setdefault(rule, target)
     for dim, (axis, length) in enumerate(zip(axes, shape)):

@@ -6,7 +6,7 @@ row of data; a new kind of layer makes a dataclass here and a module in `models/
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Literal
+from typing import Literal, get_args
 
 from llmjax.core.errors import ConfigError, nearest
 
@@ -167,10 +167,10 @@ class ModelConfig:
 
 def check_layer(layer: Layer, where: str) -> None:
     """Raises ConfigError where numbers cannot go together or a name is unknown."""
-    if layer.wiring not in Wiring.__args__:
-        raise ConfigError(f"{where}: wiring {layer.wiring!r} is unknown" + nearest(layer.wiring, Wiring.__args__))
-    if layer.ffn.activation not in Activation.__args__:
-        raise ConfigError(f"{where}: activation {layer.ffn.activation!r} is unknown" + nearest(layer.ffn.activation, Activation.__args__))
+    if layer.wiring not in get_args(Wiring):
+        raise ConfigError(f"{where}: wiring {layer.wiring!r} is unknown" + nearest(layer.wiring, get_args(Wiring)))
+    if layer.ffn.activation not in get_args(Activation):
+        raise ConfigError(f"{where}: activation {layer.ffn.activation!r} is unknown" + nearest(layer.ffn.activation, get_args(Activation)))
     mixer = layer.mixer
     if mixer.heads % mixer.kv_heads:
         raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of kv_heads={mixer.kv_heads}")

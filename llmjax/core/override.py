@@ -91,7 +91,7 @@ def parse_value(text: str, hint: Any, where: str) -> Any:
     if known and isinstance(tree, ast.Call | ast.Name):
         name = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else getattr(tree, "id", "")
         if name in known:
-            return construct(known[name], {k.arg: ast.unparse(k.value) for k in tree.keywords} if isinstance(tree, ast.Call) else {}, where)
+            return construct(known[name], {str(k.arg): ast.unparse(k.value) for k in tree.keywords} if isinstance(tree, ast.Call) else {}, where)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -137,7 +137,7 @@ def override(config: Any, path: str, text: str, where: str = "config") -> Any:
         if not rest:
             raise ConfigError(f"{where}={text}: name a field of it, as in {where}.FIELD=VALUE")
         return config[:index] + (override(config[index], rest, text, where),) + config[index + 1:]
-    if not dc.is_dataclass(config):
+    if not dc.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"{where}: {type(config).__name__} has no fields")
     names = [f.name for f in dc.fields(config)]
     if head not in names:
@@ -172,10 +172,10 @@ def from_json(value: Any, where: str = "config") -> Any:
     name = value.get("type", "")
     module, _, cls_name = str(name).partition(":")
     try:
-        cls = getattr(importlib.import_module(module), cls_name)
+        cls: Any = getattr(importlib.import_module(module), cls_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: there is no configuration class {name!r}") from error
-    if not dc.is_dataclass(cls):
+    if not (isinstance(cls, type) and dc.is_dataclass(cls)):
         raise ConfigError(f"{where}: {name!r} is not a configuration class")
     names = [f.name for f in dc.fields(cls)]
     for key in value:

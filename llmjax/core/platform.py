@@ -15,7 +15,7 @@ def platform() -> Platform:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm", "gpu") else name
+    return "gpu" if name in ("cuda", "rocm", "gpu") else "tpu" if name == "tpu" else "cpu"
 
 
 def partitioned() -> bool:

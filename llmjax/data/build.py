@@ -107,4 +107,4 @@ def _bpe(corpus: Corpus, spec: TrainBpe, progress: bool) -> Tokenizer:
 
 def _bar(progress: bool, total: int, words: str):
     from tqdm import tqdm
-    return tqdm(total=total, desc=words, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, leave=False, mininterval=0.5)
+    return tqdm(total=total, desc=words, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True, leave=False, mininterval=0.5)

@@ -8,7 +8,6 @@ import dataclasses as dc
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 

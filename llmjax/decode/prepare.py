@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+import operator
 import weakref
 from typing import Any
 
@@ -25,7 +26,7 @@ def unstack(config: ModelConfig, params: dict) -> dict:
     new = {k: v for k, v in params.items() if k != "cycle" and not k.startswith("suffix_")}
     for i in range(repeats):
         for j in range(n):
-            new[f"prefix_{before + i * n + j}"] = jax.tree.map(lambda x: x[i], params["cycle"][str(j)])
+            new[f"prefix_{before + i * n + j}"] = jax.tree.map(operator.itemgetter(i), params["cycle"][str(j)])
     for i in range(len(config.suffix)):
         new[f"prefix_{before + repeats * n + i}"] = params[f"suffix_{i}"]
     return new

@@ -44,7 +44,7 @@ def make_sampling(rows: int, **knobs: float | Sequence[float] | None) -> Samplin
     for name, value in knobs.items():
         if value is None:
             continue
-        values = [value] * rows if np.ndim(value) == 0 else list(value)     # type: ignore[arg-type]
+        values: list[Any] = [value] * rows if np.ndim(value) == 0 else list(value)     # type: ignore[arg-type]
         if len(values) != rows:
             raise ConfigError(f"{name}: {len(values)} values for {rows} rows; give one, or one per row")
         low, high, words = LIMITS[name]
@@ -99,7 +99,7 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
     return jnp.where(seen, jnp.where(logits > 0, logits / p, logits * p), logits)
 
 
-def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, positions: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, positions: jax.Array, seen: Any = None) -> tuple[jax.Array, jax.Array]:
     """logits [B, V] float32, keys [B] random keys, positions [B] of the tokens drawn -> (tokens [B] int32, their log-probabilities [B] under the model's own softmax)."""
     raw = logits
     if sampling.repetition_penalty is not None:

@@ -6,6 +6,8 @@
 
 Legend: M rows, D in, F out, E groups; m rows of a block.
 """
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import dynamic_slice_in_dim as cut
@@ -25,7 +27,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implem
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         found = f"x {list(x.shape)}, w {list(w.shape)}, group_sizes {group_sizes.dtype}{list(group_sizes.shape)}"
         raise ValueError(f"grouped_matmul: {found}; they must be [M, D], [E, D, F] and integers [E]")
-    forms = dict(blocks=blocks, ragged=ragged, loop=loop)
+    forms: dict[str, Callable] = dict(blocks=blocks, ragged=ragged, loop=loop)
     name = ("blocks" if platform() == "cpu" else "ragged") if implementation == "auto" else implementation
     if name not in forms:
         raise ValueError(f"grouped_matmul: implementation={implementation!r}; allowed are auto, {', '.join(forms)}")

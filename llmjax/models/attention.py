@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,10 @@ class MultiHeadAttention(Module):
         return y, stored
 
     def normalized(self, name: str, x: jax.Array) -> jax.Array:
-        norm = Normalize(self.spec.qk_norm.norm, self.compute, name=name)
-        return norm(x) if self.spec.qk_norm.over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        spec = self.spec.qk_norm
+        assert spec is not None
+        norm = Normalize(spec.norm, self.compute, name=name)
+        return norm(x) if spec.over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def attend(self, q, k, v, sinks, context: Context, stored: KeyValue | None):
         """What the queries may look at: this call's own keys, or those of the cache, or (a ring that this call would overwrite) both."""
@@ -60,16 +63,17 @@ class MultiHeadAttention(Module):
         numbers = dict(causal=a.causal, window=a.window, softcap=a.softcap, scale=a.head_dim ** -0.5 if a.scale is None else a.scale, sinks=sinks)
         mine = dict(query_positions=context.positions, query_segments=context.segments)
         place: Plan | None = None
+        seen: tuple[Any, ...]
         if stored is not None:
             place = context.plans[stored.k.shape[1]]
             old, stored = stored, remember(stored, k, v, place)
-        if place is None or (context.empty and q.shape[1] > 1):
+        if stored is None or place is None or (context.empty and q.shape[1] > 1):
             seen = (k, v, context.positions, context.segments)
         elif q.shape[1] == 1 or not a.window or old.k.shape[1] > a.window:
             seen = (stored.k, stored.v, place.after.positions, place.after.segments)
         else:
             segments = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None else context.segments
-            pairs = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
+            pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
             seen = tuple(jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
         alone = seen[0] is k
         if not alone and mine["query_segments"] is None:

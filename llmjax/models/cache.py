@@ -81,11 +81,11 @@ def grow_cache(config: ModelConfig, cache: Cache, length: int) -> Cache:
         return jax.tree.map(lambda x: wider(x, slots_of(layer.mixer, length), lead + 1), kept)
     layers = {part: tuple(one(layer, kept, int(part == "cycle")) for layer, kept in zip(getattr(config, part), cache.layers[part])) for part in cache.layers}
     sizes = {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers} | {length: old}
-    slots = {new: jax.tree.map(lambda x: wider(x, new, 1), cache.slots[before]) for new, before in sizes.items()}
+    slots = {new: Slots(wider(cache.slots[before].positions, new, 1), wider(cache.slots[before].segments, new, 1)) for new, before in sizes.items()}
     return Cache(layers, slots, cache.empty)
 
 
-def next_positions(cache: Cache, shape: tuple[int, int]) -> jax.Array:
+def next_positions(cache: Cache, shape: tuple[int, ...]) -> jax.Array:
     """The positions that continue what each row holds. -> [B, T]"""
     slots = cache.slots[cache.length]
     start = jnp.max(jnp.where(slots.segments > 0, slots.positions + 1, 0), -1)

@@ -8,6 +8,7 @@ head, `method="unembed"` turns features into logits. One forward serves training
 from __future__ import annotations
 
 import dataclasses as dc
+import operator
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ class Decoder(Model):
         return (self.final_norm(x) if c.final_norm else x), cache
 
     def run_layers(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, Cache | None]:
-        held = dict(prefix=(None,) * len(self.prefix), cycle=None, suffix=(None,) * len(self.suffix)) if cache is None else cache.layers
+        held: dict[str, Any] = dict(prefix=(None,) * len(self.prefix), cycle=None, suffix=(None,) * len(self.suffix)) if cache is None else cache.layers
         new: dict[str, Any] = {"prefix": [], "cycle": (), "suffix": []}
         for part, blocks in (("prefix", self.prefix), ("cycle", None), ("suffix", self.suffix)):
             if blocks is None:
@@ -130,9 +131,10 @@ class Decoder(Model):
         # lax.split: its gradient is one concatenation; that of indexing would be a padded sum of whole stacks
         parts = jax.tree.map(lambda w: jax.lax.split(w, (1,) * c.repeats), self.variables["params"]["cycle"])
         trip = rematerialised(Cycle, self.compute.remat, scanned=False)(c.cycle, c.norm, self.compute, self.layout, parent=None)
-        told = []
+        told, asked = [], ["aux"] if self.is_mutable_collection("aux") else []
         for i in range(c.repeats):
-            (x, _), said = trip.apply({"params": jax.tree.map(lambda w: w[i][0], parts, is_leaf=lambda w: isinstance(w, list | tuple))}, x, None, context, mutable=["aux"] if self.is_mutable_collection("aux") else [])      # noqa: B023
+            mine = jax.tree.map(operator.itemgetter(i), parts, is_leaf=lambda w: isinstance(w, list | tuple))
+            (x, _), said = trip.apply({"params": jax.tree.map(lambda w: w[0], mine)}, x, None, context, mutable=asked)
             told.append(said.get("aux"))
         if told[0]:
             self.put_variable("aux", "cycle", jax.tree.map(lambda *y: jnp.stack(y), *told))

@@ -28,6 +28,7 @@ def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> t
         case LinearScaling(factor):
             return jnp.asarray(plain / factor, jnp.float32), 1.0
         case DynamicNtk(factor, context):
+            assert length is not None, "DynamicNtk needs the length"
             longest = jnp.maximum(length.astype(jnp.float32), context)
             theta = rope.theta * (factor * longest / context - (factor - 1)) ** (d / (d - 2))
             return (1.0 / theta[:, None] ** jnp.asarray(exponents)[None])[:, None], 1.0

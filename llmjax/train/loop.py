@@ -93,7 +93,7 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
     with Interrupted() as interrupted:
         batch, place = loop.place(next(loop.batches)) if done < loop.total else None, None
         while done < loop.total and not interrupted.now:
-            limit = loop.watch.limit()
+            limit: Any = loop.watch.limit()
             if limit is not None:
                 settle()
                 limit = np.float32(loop.watch.limit())

@@ -39,7 +39,7 @@ def abstract(params: Any, optimizer: optax.GradientTransformation, key: jax.Arra
         near = optax.tree_utils.tree_map_params(optimizer, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: whole)
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s if fits(s, x.shape) else whole), shapes, near)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), params)
-    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), like, shapes, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), like, shapes, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))      # type: ignore[arg-type]
 
 
 def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

@@ -36,7 +36,7 @@ def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, wind
         return "blockwise", "one query" if q.shape[1] == 1 else "the CPU's"
     best = "splash" if platform == "tpu" else "cudnn"
     if refusals[best]:
-        return "blockwise", refusals[best]
+        return "blockwise", str(refusals[best])
     if best == "cudnn" and not _cudnn.native(Pattern(causal, window, in_order), segments):
         return "blockwise", "cuDNN would need a mask of T x S bytes for segments, given positions or a two-sided window; ask for attention='cudnn' if that fits"
     return best, f"the {platform.upper()}'s own"

@@ -52,7 +52,7 @@ def cudnn(q, k, v, *, query_positions=None, key_positions=None, query_segments=N
     if reason:
         raise ValueError(reason)
     how = arguments(q, k, v, query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments, pattern=pattern)
-    out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), scale=scale, implementation=implementation, **how)
+    out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), scale=scale, implementation=implementation, **how)  # type: ignore[call-overload]
     if "mask" in how:  # a row without any key is an average over all of them there
         out = jnp.where(how["mask"].any(-1)[:, 0, :, None, None], out, 0)
     return out

@@ -47,7 +47,7 @@ def splash(q, k, v, *, query_positions=None, key_positions=None, query_segments=
     if query_segments is not None or key_segments is not None:
         given = query_segments if query_segments is not None else key_segments
         given = jnp.broadcast_to(given, q.shape[:2])
-        segments, axes = kernels.SegmentIds(given, given if key_segments is None else jnp.broadcast_to(key_segments, q.shape[:2])), kernels.SegmentIds(0, 0)
+        segments, axes = kernels.SegmentIds(given, given if key_segments is None else jnp.broadcast_to(key_segments, q.shape[:2])), kernels.SegmentIds(0, 0)  # type: ignore[arg-type]
     out = jax.vmap(kernel, in_axes=(0, 0, 0, axes, None))(heads_first(scaled), heads_first(k), heads_first(v), segments, sinks).swapaxes(1, 2)
     if segments is not None:  # padding sees padding in the kernel
         out = jnp.where((segments.q > 0)[:, :, None, None], out, 0)

@@ -1,0 +1,84 @@
+"""`dot` on every kind of leaf is the contraction with the dense weight it stands for; leaves compose and pass through jit, grad and scan."""
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.core import Int8, Lora, Transposed, add_lora, dense, dot, quantize_int8, take
+from llmjax.core.labels import parse
+from llmjax.core.leaves import lora_equations
+
+CASES = [("btd,dnh->btnh", "embed -> heads head_dim", (12, 3, 4), (2, 5, 12)), ("btnh,nhd->btd", "heads head_dim -> embed", (3, 4, 12), (2, 5, 3, 4)),
+         ("td,df->tf", "embed -> mlp", (12, 6), (5, 12)), ("etd,edf->etf", "expert | embed -> mlp", (2, 12, 6), (2, 5, 12))]
+
+
+def lora(w, label):
+    leaf = add_lora(jax.random.key(1), w, label.dims("inputs"), label.dims("outputs"), 3, alpha=6.0)
+    return Lora(leaf.w, leaf.a, jax.random.normal(jax.random.key(2), leaf.b.shape), leaf.alpha)
+
+
+KINDS = {
+    "lora": lora,
+    "int8": lambda w, label: quantize_int8(w, label.dims("inputs")),
+    "qlora": lambda w, label: lora(quantize_int8(w, label.dims("inputs")), label),
+    "transposed": lambda w, label: Transposed(w.reshape(np.prod([w.shape[i] for i in label.dims("inputs")]), -1).T, w.shape, len(label.inputs)),
+}
+
+
+@pytest.mark.parametrize("case, kind", itertools.product(CASES, KINDS), ids=str)
+def test_dot_is_the_dense_contraction(case, kind):
+    equation, text, shape, x_shape = case
+    label = parse(text)
+    if kind == "transposed" and label.batch:
+        pytest.skip("a transposed leaf is one matrix")
+    w, x = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(3), x_shape)
+    leaf = KINDS[kind](w, label)
+    assert tuple(leaf.shape) == shape and leaf.ndim == len(shape) and dense(leaf).shape == shape
+    got = jax.jit(lambda x, leaf: dot(equation, x, leaf))(x, leaf)
+    np.testing.assert_allclose(got, jnp.einsum(equation, x, dense(leaf), precision="highest"), atol=3e-5)      # float32 sums in another order
+    if kind == "transposed":
+        np.testing.assert_array_equal(dense(leaf), w)
+    if kind == "int8":
+        step = np.abs(np.asarray(w)).max(label.dims("inputs"), keepdims=True) / 127
+        assert leaf.q.dtype == jnp.int8 and (np.abs(np.asarray(dense(leaf)) - np.asarray(w)) <= step / 2 + 1e-6).all()
+
+
+def test_a_fresh_lora_changes_nothing_and_its_gradient_reaches_b_alone():
+    w, x = jax.random.normal(jax.random.key(0), (12, 6)), jax.random.normal(jax.random.key(1), (5, 12))
+    leaf = add_lora(jax.random.key(2), w, (0,), (1,), 4)
+    np.testing.assert_array_equal(dot("td,df->tf", x, leaf), dot("td,df->tf", x, w))
+    grad = jax.grad(lambda leaf: jnp.square(dot("td,df->tf", x, leaf)).sum())(leaf)
+    assert float(jnp.abs(grad.a).max()) == 0 and float(jnp.abs(grad.b).max()) > 0
+
+
+def test_stacked_leaves_are_sliced_by_scan():
+    w = jax.random.normal(jax.random.key(0), (3, 8, 8))
+    label = parse("layer | embed -> mlp")
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    for leaf in (quantize_int8(w, label.dims("inputs")), lora(w, label)):
+        y, _ = jax.lax.scan(lambda x, one: (dot("td,df->tf", x, one), None), x, leaf)
+        want = x
+        for one in dense(leaf):
+            want = want @ one
+        np.testing.assert_allclose(y, want, rtol=2e-4, atol=2e-4)      # values of order 100 after three products
+
+
+def test_take_reads_rows_of_every_kind():
+    table, ids = jax.random.normal(jax.random.key(0), (10, 6)), jnp.asarray([[1, 9], [0, 1]])
+    label = parse("vocab -> embed")
+    for leaf in (table, quantize_int8(table, (0,)), quantize_int8(table, (1,)), lora(table, label), Transposed(table.T, table.shape, 1)):
+        np.testing.assert_allclose(take(leaf, ids, jnp.float32), dense(leaf)[ids], atol=1e-5)
+
+
+def test_equations():
+    assert lora_equations("btd,dnh->btnh", 2, 3, 3) == ("btd,dz->btz", "btz,znh->btnh")
+    assert lora_equations("etd,edf->etf", 3, 3, 3) == ("etd,edz->etz", "etz,ezf->etf")
+
+
+def test_one_row_in_bfloat16_is_padded_not_changed():
+    w, x = jax.random.normal(jax.random.key(0), (12, 6)).astype(jnp.bfloat16), jax.random.normal(jax.random.key(1), (1, 12)).astype(jnp.bfloat16)
+    leaf = Transposed(w.T, w.shape, 1)
+    assert dot("td,df->tf", x, leaf).shape == (1, 6) and isinstance(quantize_int8(w, (0,)), Int8)
+    np.testing.assert_allclose(dot("td,df->tf", x, leaf).astype(jnp.float32), (x.astype(jnp.float32) @ w.astype(jnp.float32)), rtol=1e-2, atol=1e-2)      # 8 bits
