@@ -154,8 +154,8 @@ def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
         low = take(table.a, ids, dtype) @ table.b.astype(dtype)
         return take(table.w, ids, dtype) + jnp.asarray(table.alpha / table.a.shape[-1], dtype) * low
     if isinstance(table, Int8):
-        scale = table.scale if table.scale.shape[0] == 1 else table.scale[ids]
-        return table.q[ids].astype(dtype) * scale.reshape(scale.shape[-1] if table.scale.shape[0] == 1 else scale.shape).astype(dtype)
+        scale = table.scale.reshape((1,) * ids.ndim + (-1,)) if table.scale.shape[0] == 1 else table.scale[ids]
+        return table.q[ids].astype(dtype) * scale.astype(dtype)
     if isinstance(table, Transposed):
         return jnp.moveaxis(table.w[:, ids], 0, -1).astype(dtype)
     return table[ids].astype(dtype)

@@ -144,7 +144,7 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
 def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text of new ids as a continuation of the prompt's (SentencePiece keeps its first space then), special tokens left out."""
     pieces = tokenizer.stream(skip_special_tokens=True, after=prompt)
-    return "".join([*map(pieces.push, ids), pieces.flush()])
+    return "".join([*(pieces.push(i) for i in ids if i < tokenizer.vocab_size), pieces.flush()])       # a model's table may have rows its tokenizer has no token for
 
 
 def made(state: Decoding, end_tokens: Sequence[int]) -> list[list[int]]:
@@ -178,9 +178,8 @@ def finished(prompt: list[int], ids: list[int], logprobs: np.ndarray, tokens: np
 
 def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, n: int = 1, **knobs: Any) -> list:
     """`complete`, reduced to what most callers want: the new text of each prompt that is a text, the new ids of each that is a list of ids; with n > 1 a list of n of them."""
-    rows = [list(p) if not isinstance(p, str) else p for p in prompts] if not isinstance(prompts, str) else prompts
-    done = complete(model, params, tokenizer, rows, n=n, **knobs)
-    each = [c.text if isinstance(rows[i // n], str) else c.ids for i, c in enumerate(done)]
+    done = complete(model, params, tokenizer, prompts, n=n, **knobs)
+    each = [c.text if isinstance(prompts[i // n], str) else c.ids for i, c in enumerate(done)]
     return each if n == 1 else [each[i:i + n] for i in range(0, len(each), n)]
 
 
@@ -214,7 +213,7 @@ def pieces(ids: Iterator[int], tokenizer: Any, stops: Stops, prompt: Sequence[in
     """Ids as text that continues the prompt's and never holds half a character nor any part of a stop string."""
     detokenizer, held = tokenizer.stream(skip_special_tokens=True, after=prompt), ""
     for token in ids:
-        held += detokenizer.push(token)
+        held += detokenizer.push(token) if token < tokenizer.vocab_size else ""
         at = find_stop(held, stops.texts)
         if at is not None:
             if held[:at]:

@@ -40,13 +40,25 @@ def decays(labels: Any) -> Any:
     return jax.tree.map(lambda label: label.is_matrix, labels, is_leaf=lambda x: isinstance(x, Label))
 
 
-def muon_dimensions(labels: Any) -> Any:
-    """Which dimensions Muon sees as a matrix's rows and columns; None for what Adam takes."""
-    def one(label: Label):
-        if not label.is_matrix or LOOKUPS & set(label.axes):
-            return None
-        return contrib.MuonDimensionNumbers(reduction_axis=label.dims("inputs"), output_axis=label.dims("outputs"))
-    return jax.tree.map(one, labels, is_leaf=lambda x: isinstance(x, Label))
+def muon(config: Muon, learning_rate: Callable | float, labels: Any) -> optax.GradientTransformation:
+    """Muon where a label is a hidden matrix, AdamW elsewhere, with decay on tables and heads and none on vectors."""
+    def is_label(x: Any) -> bool:
+        return isinstance(x, Label)
+
+    def group(label: Label) -> str:
+        return "vector" if not label.is_matrix else "table" if LOOKUPS & set(label.axes) else "hidden"
+
+    def dimensions(params: Any) -> Any:
+        def one(label: Label, p: Any):
+            return p if isinstance(p, optax.MaskedNode) else contrib.MuonDimensionNumbers(reduction_axis=label.dims("inputs"), output_axis=label.dims("outputs"))
+        return jax.tree.map(one, labels, params, is_leaf=is_label)
+    adam, ratio = config.adam, config.adam.learning_rate / config.learning_rate
+    rate = (lambda step: learning_rate(step) * ratio) if callable(learning_rate) else learning_rate * ratio
+    return optax.partition({
+        "hidden": contrib.muon(learning_rate, ns_steps=config.iterations, beta=config.momentum, weight_decay=config.weight_decay, muon_weight_dimension_numbers=dimensions),
+        "table": optax.adamw(rate, adam.b1, adam.b2, adam.eps, weight_decay=adam.weight_decay),
+        "vector": optax.adamw(rate, adam.b1, adam.b2, adam.eps, weight_decay=0.0),
+    }, jax.tree.map(group, labels, is_leaf=is_label))
 
 
 def make_optimizer(config: Optimizer, learning_rate: Callable | float, labels: Any) -> optax.GradientTransformation:
@@ -60,8 +72,5 @@ def make_optimizer(config: Optimizer, learning_rate: Callable | float, labels: A
         case Adafactor():
             rule = optax.adafactor(learning_rate, decay_rate=config.decay_rate, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, weight_decay_mask=mask)
         case Muon():
-            ratio = config.adam.learning_rate / config.learning_rate
-            adam_rate = (lambda step: learning_rate(step) * ratio) if callable(learning_rate) else learning_rate * ratio
-            rule = contrib.muon(learning_rate, ns_steps=config.iterations, beta=config.momentum, weight_decay=config.weight_decay, weight_decay_mask=mask, adam_b1=config.adam.b1,
-                                adam_b2=config.adam.b2, adam_weight_decay=config.adam.weight_decay, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=muon_dimensions(labels))
+            rule = muon(config, learning_rate, labels)
     return rule if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), rule)

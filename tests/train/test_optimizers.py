@@ -34,7 +34,7 @@ def test_durations():
         in_steps("2ep", 100, None, "x")
 
 
-@pytest.mark.parametrize("config", [AdamW(1e-2), Adafactor(1e-2), Lion(1e-3), Muon(1e-2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("config", [AdamW(1e-2), Adafactor(1e-2), Lion(1e-2), Muon(0.1, adam=AdamW(1e-2))], ids=lambda c: type(c).__name__)
 def test_each_goes_downhill(config):
     optimizer = train.make_optimizer(config, config.learning_rate, LABELS)
     goal = jax.tree.map(lambda x: x + 0.5, params())

@@ -63,13 +63,13 @@ def test_accumulation_is_one_batch(parts):
 
 @pytest.mark.parametrize("config, axes", [(DENSE, dict(fsdp=4, tensor=2)), (DENSE, dict(data=8)), (EXPERTS, dict(data=2, expert=4))], ids=["fsdp4 tensor2", "data8", "data2 expert4"])
 def test_sharded_is_single_device(config, axes):
-    """float32; sums over devices come in another order: 1e-5 of the loss, and Adam's first steps divide tiny gradients, so parameters are held to 2e-4."""
+    """float32; sums over devices come in another order: 1e-5 of the losses under Adam; gradients, which Adam's division would magnify where they are tiny, are compared by plain descent."""
     model, params, batch = setting(config)
-    single = run(model, params, batch)
     mesh = make_mesh(**axes)
     many = run(model, params, batch, mesh=mesh)
-    np.testing.assert_allclose(many[1], single[1], rtol=1e-5)
-    assert far(many[0].params, jax.device_get(single[0].params)) < 2e-4
+    np.testing.assert_allclose(many[1], run(model, params, batch)[1], rtol=1e-5)
+    plain = [run(model, params, batch, 1, optax.sgd(1.0), mesh=m)[0].params for m in (mesh, None)]
+    assert far(plain[0], jax.device_get(plain[1])) < 2e-6
     held = {x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(many[0].opt_state) if x.ndim > 1}
     assert ("data" in axes and len(axes) == 1) or True in held, "nothing is divided"
 
