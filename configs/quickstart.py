@@ -1,6 +1,6 @@
 """A small decoder from nothing, on the text that comes with Python itself.
 
-    llmjax train --config=configs/quickstart.py                  7 M parameters, about five minutes on two CPU cores
+    llmjax train --config=configs/quickstart.py                  7 M parameters, three to five minutes on two CPU cores
     llmjax train --config=configs/quickstart.py:size=tiny        the smoke size, under a minute
     llmjax train --config=configs/quickstart.py:size=tiny,experts=4
 
@@ -13,7 +13,7 @@ from llmjax.objectives import NextToken
 
 SIZES = {
     "tiny": dict(vocab=512, dim=64, layers=4, heads=4, hidden=128, context=64, batch=16, steps=40, text=600_000),
-    "7m": dict(vocab=4096, dim=256, layers=8, heads=4, hidden=704, context=256, batch=16, steps=400, text=12_000_000),
+    "7m": dict(vocab=4096, dim=256, layers=8, heads=4, hidden=704, context=256, batch=16, steps=90, text=12_000_000),
 }
 
 
