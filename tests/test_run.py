@@ -84,8 +84,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(whole, tmp_path):
     assert process.returncode == 0, said[-500:]
     assert set(losses(folder)) >= set(seen) and all(losses(folder)[s] == v for s, v in seen.items())
     assert max(losses(folder)) == max(int(p.name) for p in (folder / "checkpoints").iterdir()), "SIGTERM saves where it stopped"
-    steady = {"schedule": "Constant(warmup=0)"}    # the warm-up is a share of the length: compare where both lengths agree
-    assert reference[1] == pytest.approx(seen[1], rel=1e-6) and steady
+    assert reference[1] == pytest.approx(seen[1], rel=1e-6)      # only step 1: the schedule of a longer run differs after it
 
 
 def test_going_on_is_exact_in_process(whole, tmp_path):
