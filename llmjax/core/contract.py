@@ -84,18 +84,23 @@ def _weight_gradient(equation, x, g, dtype):
 def accumulate(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum with a float32 result, safe on XLA's CPU backend.
 
-    A transpose near a 16-bit product is folded into it there, and some of the products that come out cannot run ("Unsupported element type for DotThunk", jax 0.10.2: batch
-    axes, several contracted axes). A barrier keeps the two apart; products do not fuse on a CPU, so it costs nothing. Results in another order than the product's own are
-    turned after the barrier.
+    A transpose near a 16-bit product is folded into it there, and what comes out cannot run ("Unsupported element type for DotThunk", jax 0.10.2: batch axes, several
+    contracted axes) or is first turned into a float32 product, on one core. A barrier keeps a following transpose apart, a reshape that joins the batch axes a preceding one;
+    products do not fuse on a CPU, so neither costs anything. Results in another order than the product's own are turned after the barrier.
     """
     if a.dtype.itemsize != 2 or platform() != "cpu":
         return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
     terms, out = equation.split("->")
     left, right = terms.split(",")
+    size = dict(zip(left + right, a.shape + b.shape))
     batch = "".join(c for c in left if c in right and c in out)
     natural = batch + "".join(c for c in left if c in out and c not in batch) + "".join(c for c in right if c in out and c not in batch)
-    product = jax.lax.optimization_barrier(jnp.einsum(f"{terms}->{natural}", a, b, preferred_element_type=jnp.float32))
-    return product.transpose([natural.index(c) for c in out])
+    made, joined = natural, len(batch) if left.startswith(batch) and right.startswith(batch) else 1
+    if joined > 1:
+        a, b = (x.reshape(-1, *x.shape[joined:]) for x in (a, b))
+        left, right, made = (term[joined - 1:] for term in (left, right, natural))
+    product = jax.lax.optimization_barrier(jnp.einsum(f"{left},{right}->{made}", a, b, preferred_element_type=jnp.float32))
+    return product.reshape([size[c] for c in natural]).transpose([natural.index(c) for c in out])
 
 
 @functools.cache

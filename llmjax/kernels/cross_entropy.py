@@ -12,30 +12,32 @@ import jax
 import jax.numpy as jnp
 from jax.lax import dynamic_slice_in_dim as cut
 
-CHUNK = 512  # positions of a row a chunk
+from llmjax.core.platform import platform
+
+CHUNK = 512  # positions of every row a chunk; on a CPU tokens a chunk, whose logits then stay near its caches
 
 
 def chunked_cross_entropy(unembed: Callable, head_params, features: jax.Array, targets: jax.Array, weights: jax.Array, *,
-                          label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+                          label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
     """-> (total, z_total), float32 sums over the tokens of w · (cross entropy + z_loss · log²Z) and, for the metrics and without a gradient, of its second term alone.
 
     Cross entropy against (1 − label_smoothing) one-hot + label_smoothing / V (arXiv:1512.00567 section 7); Z is the softmax's denominator (z-loss: PaLM, arXiv:2204.02311
-    section 5).
+    section 5). chunk: positions of every row at a time; None: 512, on a CPU as many as make 512 tokens.
     `unembed(head_params, x [B, t, D]) -> logits [B, t, V]`; features [B, T, D], targets int [B, T], weights float [B, T] (a target outside 0 … V − 1 is no token: give it
     weight 0).
     `head_params` may be the whole tree of a model: leaves that `unembed` does not read, and those that nobody differentiates, cost nothing. Differentiable in head_params,
     features and weights, in reverse mode, once. Raises ValueError on shapes that disagree and on label_smoothing outside [0, 1).
     """
-    _check(features, targets, chunk, weights)
+    chunk = _check(features, targets, chunk, weights)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"cross entropy: label_smoothing={label_smoothing}; it must be at least 0 and below 1")
     leaves, head = _open(unembed, head_params, features, chunk)
     return _loss(head, (label_smoothing, z_loss, chunk), leaves, features, targets, weights)
 
 
-def chunked_logprobs(unembed: Callable, head_params, features: jax.Array, targets: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
+def chunked_logprobs(unembed: Callable, head_params, features: jax.Array, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
     """-> float32 [B, T], the log-probability of each target. Arguments as in `chunked_cross_entropy`; differentiable (a chunk's logits are made again in the backward pass)."""
-    _check(features, targets, chunk)
+    chunk = _check(features, targets, chunk)
 
     @jax.checkpoint
     def one(head_params, x, t):
@@ -49,8 +51,11 @@ def _check(features, targets, chunk, *weights):
     for name, array in (("targets", targets), *zip(("weights",), weights)):
         if features.ndim != 3 or array.shape != features.shape[:2]:
             raise ValueError(f"cross entropy: features {list(features.shape)} and {name} {list(array.shape)}; they must be [B, T, D] and [B, T]")
+    if chunk is None:
+        return CHUNK if platform() != "cpu" else max(1, CHUNK // features.shape[0])
     if chunk < 1:
         raise ValueError(f"cross entropy: chunk={chunk}; it must be at least 1")
+    return chunk
 
 
 def _open(unembed, head_params, features, chunk):

@@ -31,7 +31,7 @@ def gate(activation: str, g: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _gate_backward(activation: str, kept: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    g, u, d = (x.astype(jnp.float32) for x in (*kept, d))
+    g, u, d = (x.astype(jnp.float32) for x in jax.lax.optimization_barrier((*kept, d)))
     a, slope = jax.jvp(ACTIVATIONS[activation], (g,), (jnp.ones_like(g),))
     return (d * u * slope).astype(kept[0].dtype), (d * a).astype(kept[1].dtype)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from llmjax.core import ConfigError, DataError, nearest
+from llmjax.core.platform import compiler_options
 from llmjax.core.tree import merge
 from llmjax.objectives import Mean, Objective
 from llmjax.train.state import State, mesh_of
@@ -70,16 +72,18 @@ def make_step(apply: Callable, objective: Objective, optimizer: optax.GradientTr
             metrics["skipped"] = 1.0 - good.astype(jnp.float32)
         return new, metrics
 
-    compiled: dict[str, Any] = {}
+    compiled: dict[Any, Any] = {}      # one program per batch shape
 
     def run(state: State, batch: dict, frozen: Any = None, limit: Any = None) -> tuple[State, Metrics]:
         check(objective, batch, frozen, accumulate)
         mesh = mesh_of(state.params)
-        if "step" not in compiled:
-            places = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
-            compiled["step"] = jax.jit(step, donate_argnums=0, out_shardings=places)
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            return compiled["step"](state, batch, frozen, limit)
+            if shapes not in compiled:
+                places = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
+                make = functools.partial(jax.jit, step, donate_argnums=0, out_shardings=places)
+                compiled[shapes] = make(compiler_options=compiler_options(make().trace(state, batch, frozen, limit)))
+            return compiled[shapes](state, batch, frozen, limit)
     run.function = step                # type: ignore[attr-defined]     # uncompiled, for those who compile it themselves
     return run
 
