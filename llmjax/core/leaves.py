@@ -1,7 +1,8 @@
 """Array leaves: what may stand in a parameter tree where a weight stood, and `dot`, the only place that knows the kinds.
 
 A leaf replaces a weight without the model knowing: a LoRA leaf adds a low-rank product, an int8 leaf holds quantised numbers, a transposed leaf holds the same
-numbers in the order a matrix-vector product reads them fastest. Leaves compose: QLoRA is a LoRA leaf around a quantised leaf.
+numbers in the order a matrix-vector product reads them fastest, a joined leaf several weights of one input side by side. Leaves compose: QLoRA is a LoRA leaf around a
+quantised leaf.
 Each leaf answers `shape` (the weight's own), `dtype` (what `dense` gives) and `ndim`.
 """
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import dataclasses as dc
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from llmjax.core.contract import contract
@@ -77,7 +80,30 @@ class Transposed:
         return len(self.shape)
 
 
-KINDS = (Lora, Int8, Transposed)
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Joined:
+    """One of several weights that `dots` multiplies with the same input: number `place` of those with `shapes` [in…, out…]. The first holds them all, side by side, as the matrix
+    w [prod(in), sum of prod(out)]; in the others w is None."""
+    w: jax.Array | None
+    shapes: tuple[tuple[int, ...], ...] = dc.field(metadata=dict(static=True))
+    inputs: int = dc.field(metadata=dict(static=True))
+    place: int = dc.field(metadata=dict(static=True))
+
+    @property
+    def shape(self):
+        return self.shapes[self.place]
+
+    @property
+    def dtype(self):
+        return None if self.w is None else self.w.dtype
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+
+KINDS = (Lora, Int8, Transposed, Joined)
 
 
 def is_leaf(x: Any) -> bool:
@@ -102,14 +128,44 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
         y = jnp.einsum(equation, x, weight.q.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * aligned(scale, kept, out)).astype(out_dtype or x.dtype)
     if isinstance(weight, Transposed):
-        lead = x.shape[:x.ndim - weight.inputs]
-        rows = x.reshape(-1, weight.w.shape[1])
-        count = rows.shape[0]
-        if count == 1 and rows.dtype.itemsize == 2:      # XLA's CPU products of 16-bit numbers need two rows, else they convert the whole weight
-            rows = jnp.pad(rows, [(0, 1), (0, 0)])
-        y = contract("td,fd->tf", rows, weight.w, out_dtype=out_dtype)
-        return y[:count].reshape(*lead, *weight.shape[weight.inputs:])
+        terms, out = equation.split("->")
+        if terms.split(",")[1][0] in out:              # a tied embedding [V, D] as the head reads it: w is [D, V], and D is contracted
+            return matrix("td,df->tf", x, weight.w, weight.shape[:weight.inputs], out_dtype)
+        return matrix("td,fd->tf", x, weight.w, weight.shape[weight.inputs:], out_dtype)
+    if isinstance(weight, Joined):
+        raise TypeError("a Joined leaf is read with its companions, by dots")
     return contract(equation, x, weight, out_dtype=out_dtype)
+
+
+def matrix(equation: str, x: jax.Array, w: jax.Array, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
+    """x [..., in…] through w, a matrix of the two-dimensional `equation` "td,…->tf" -> [..., *shape]."""
+    size = w.shape[equation.split(",")[1].index("d")]
+    lead, seen = x.ndim, 1
+    while seen < size:                                  # x's last axes, as many as the matrix takes in
+        lead, seen = lead - 1, seen * x.shape[lead - 1]
+    rows = x.reshape(-1, size)
+    count = rows.shape[0]
+    if count == 1 and rows.dtype.itemsize == 2:         # XLA's CPU products of 16-bit numbers need two rows, else they convert the whole weight
+        rows = jnp.pad(rows, [(0, 1), (0, 0)])
+    return contract(equation, rows, w, out_dtype=out_dtype)[:count].reshape(*x.shape[:lead], *shape)
+
+
+def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
+    """[dot(equation, x, w) for w in weights]: several weights of the same input, which may differ in the sizes they produce; in one product where they are joined."""
+    first = weights[0]
+    if not isinstance(first, Joined) or first.w is None:
+        return [dot(equation, x, w) for w in weights]
+    made = [shape[first.inputs:] for shape in first.shapes]
+    ends = np.cumsum([math.prod(shape) for shape in made])
+    parts = jnp.split(matrix("td,df->tf", x, first.w, (int(ends[-1]),), None), ends[:-1], -1)
+    return [y.reshape(*y.shape[:-1], *shape) for y, shape in zip(parts, made)]
+
+
+def join(weights: Sequence[jax.Array], inputs: int) -> list[Joined]:
+    """Weights [in…, out…] whose first `inputs` axes are the same, as Joined leaves."""
+    shapes = tuple(w.shape for w in weights)
+    w = jnp.concatenate([w.reshape(math.prod(w.shape[:inputs]), -1) for w in weights], 1)
+    return [Joined(None if i else w, shapes, inputs, i) for i in range(len(weights))]
 
 
 def aligned(x: jax.Array, letters: str, target: str) -> jax.Array:
@@ -145,6 +201,10 @@ def dense(weight: Any) -> jax.Array:
         return weight.q.astype(weight.scale.dtype) * weight.scale
     if isinstance(weight, Transposed):
         return weight.w.T.reshape(weight.shape)
+    if isinstance(weight, Joined):
+        if weight.w is None:
+            raise TypeError("this weight's numbers lie in another Joined leaf")
+        return weight.w[:, :math.prod(weight.shape[weight.inputs:])].reshape(weight.shape)
     return weight
 
 

@@ -1,19 +1,21 @@
-"""Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU every matrix stored [out, in], the order a matrix-vector product reads.
+"""Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU matrices as a matrix-vector product reads them fastest: [out, in]; in float32, where several
+take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it.
 
 Training keeps layers stacked for `nn.scan`; slicing a stack inside the token loop would copy every weight every token.
 """
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import math
 import operator
 import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from llmjax.core import Label, Transposed, platform, unrolled
-from llmjax.core.leaves import is_leaf
+from llmjax.core import Joined, Label, Transposed, is_leaf, join, platform, unrolled
 from llmjax.core.model_config import ModelConfig
 from llmjax.models import Decoder, labels
 
@@ -39,15 +41,27 @@ def stack(config: ModelConfig, params: dict) -> dict:
     n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
     names = {f"prefix_{i}" for i in range(before, len(config.layers))}
     new = {k: v for k, v in params.items() if k not in names}
-    new["cycle"] = {str(j): jax.tree.map(lambda *xs: jax.numpy.stack(xs), *[params[f"prefix_{before + i * n + j}"] for i in range(repeats)]) for j in range(n)}
+    new["cycle"] = {str(j): jax.tree.map(lambda *xs: jnp.stack(xs), *[params[f"prefix_{before + i * n + j}"] for i in range(repeats)]) for j in range(n)}
     for i in range(len(config.suffix)):
         new[f"suffix_{i}"] = params[f"prefix_{before + repeats * n + i}"]
     return new
 
 
-def output_first(label: Label, w: Any) -> Any:
-    """A matrix as a Transposed leaf; everything else as it is. An embedding is already stored as the head reads it."""
-    if is_leaf(w) or not label.is_matrix or label.batch or label.inputs in (("vocab",), ("position",)):
+JOINED = (("q", "k", "v"), ("gate", "up"))
+
+
+def joined(labels: dict, params: dict) -> dict:
+    """The tree with the weights of every JOINED group in a module side by side, where all of them are plain matrices."""
+    new = {name: joined(labels[name], w) if isinstance(w, dict) else w for name, w in params.items()}
+    for names in JOINED:
+        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch for name in names):
+            new.update(zip(names, join([params[name] for name in names], len(labels[names[0]].inputs))))
+    return new
+
+
+def output_first(label: Label, w: Any, tied: bool) -> Any:
+    """A matrix as a Transposed leaf; everything else as it is, tables among it unless the embedding is also the head."""
+    if is_leaf(w) or not label.is_matrix or label.batch or label.inputs == ("position",) or (label.inputs == ("vocab",) and not tied):
         return w
     count = len(label.inputs)
     size = math.prod(w.shape[:count])
@@ -60,11 +74,13 @@ def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
     apart = dc.replace(model, config=unrolled(model.config), compute=dc.replace(model.compute, remat=None))
 
     def convert(params):
-        loose = unstack(model.config, params)
+        loose, known = unstack(model.config, params), labels(apart)
         if platform() != "cpu" or spread:
             return loose
-        return jax.tree.map(output_first, labels(apart), loose, is_leaf=lambda x: isinstance(x, Label) or is_leaf(x))
-    if not model.config.cycle and any(isinstance(x, Transposed) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
+        full = jnp.dtype(model.compute.dtype).itemsize == 4          # products of 16-bit numbers are fastest with every matrix [out, in]
+        turn = functools.partial(output_first, tied=full and model.config.tied)
+        return jax.tree.map(turn, known, joined(known, loose) if full else loose, is_leaf=lambda x: isinstance(x, Label) or is_leaf(x))
+    if not model.config.cycle and any(isinstance(x, Transposed | Joined) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
         return apart, params
     return apart, jax.jit(convert)(params)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot, platform
+from llmjax.core import Compute, Layout, constrain, dot, dots, platform
 from llmjax.core.mesh import mesh_axes
 from llmjax.core.model_config import Attention, Norm
 from llmjax.kernels import attention as kernels
@@ -32,9 +32,7 @@ class MultiHeadAttention(Module):
     @compact
     def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
         a, (D, N, K, H) = self.spec, (x.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
-        q = dot("btd,dnh->btnh", x, weight(self, "q", "embed -> heads head_dim", (D, N, H)))
-        k = dot("btd,dkh->btkh", x, weight(self, "k", "embed -> kv_heads head_dim", (D, K, H)))
-        v = dot("btd,dkh->btkh", x, weight(self, "v", "embed -> kv_heads head_dim", (D, K, H)))
+        q, k, v = dots("btd,dnh->btnh", x, [weight(self, name, f"embed -> {heads} head_dim", (D, n, H)) for name, heads, n in (("q", "heads", N), ("k", "kv_heads", K), ("v", "kv_heads", K))])
         if a.qkv_bias:
             q = q + along(vector(self, "q_bias", "heads head_dim", (N, H)), q)
             k = k + along(vector(self, "k_bias", "kv_heads head_dim", (K, H)), k)

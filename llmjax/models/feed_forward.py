@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot
+from llmjax.core import Compute, Layout, constrain, dot, dots
 from llmjax.core.model_config import Mlp
 from llmjax.models.module import Module, along, compact, vector, weight
 
@@ -49,10 +49,11 @@ class MultiLayerPerceptron(Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         m, (D, F) = self.spec, (x.shape[-1], self.spec.hidden)
 
-        def into(name):
-            y = dot("btd,df->btf", x, weight(self, name, "embed -> mlp", (D, F)))
-            return y + along(vector(self, f"{name}_bias", "mlp", (F,)), y) if m.bias else y
-        h = gate(m.activation, into("gate"), into("up")) if m.gated else ACTIVATIONS[m.activation](into("up"))
+        names = ("gate", "up") if m.gated else ("up",)
+        into = dots("btd,df->btf", x, [weight(self, name, "embed -> mlp", (D, F)) for name in names])
+        if m.bias:
+            into = [y + along(vector(self, f"{name}_bias", "mlp", (F,)), y) for name, y in zip(names, into)]
+        h = gate(m.activation, *into) if m.gated else ACTIVATIONS[m.activation](*into)
         h = constrain(h, "batch length mlp", self.layout.rules)
         y = dot("btf,fd->btd", h, weight(self, "down", "mlp -> embed", (F, D)))
         return y + along(vector(self, "down_bias", "norm", (D,)), y) if m.bias else y

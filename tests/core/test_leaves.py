@@ -1,4 +1,5 @@
 """`dot` on every kind of leaf is the contraction with the dense weight it stands for; leaves compose and pass through jit, grad and scan."""
+import functools
 import itertools
 
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.core import Int8, Lora, Transposed, add_lora, dense, dot, quantize_int8, take
+from llmjax.core import Int8, Lora, Transposed, add_lora, dense, dot, dots, join, quantize_int8, take
 from llmjax.core.labels import parse
 from llmjax.core.leaves import lora_equations
 
@@ -63,6 +64,28 @@ def test_stacked_leaves_are_sliced_by_scan():
         for one in dense(leaf):
             want = want @ one
         np.testing.assert_allclose(y, want, rtol=2e-4, atol=2e-4)      # values of order 100 after three products
+
+
+def test_joined_weights_are_one_product():
+    """Three weights of one input, two axes in or one; what each makes is what it would make alone."""
+    for equation, first, shapes, x_shape in (("btd,dnh->btnh", 1, [(12, 3, 4), (12, 1, 4), (12, 2, 4)], (2, 5, 12)), ("tdh,dhf->tf", 2, [(3, 4, 6), (3, 4, 2)], (5, 3, 4))):
+        ws = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+        x, leaves = jax.random.normal(jax.random.key(9), x_shape), join(ws, first)
+        assert [leaf.shape for leaf in leaves] == shapes and len(jax.tree.leaves(leaves)) == 1
+        product = functools.partial(dots, equation)
+        assert str(jax.make_jaxpr(product)(x, leaves)).count("dot_general") == 1
+        for got, w in zip(jax.jit(product)(x, leaves), ws):
+            np.testing.assert_allclose(got, jnp.einsum(equation, x, w, precision="highest"), atol=3e-5)
+        np.testing.assert_array_equal(dense(leaves[0]), ws[0])
+    with pytest.raises(TypeError, match="dots"):
+        dot("td,df->tf", x, leaves[0])
+    with pytest.raises(TypeError, match="another"):
+        dense(leaves[1])
+
+
+def test_a_turned_embedding_is_read_as_a_head_too():
+    table, x = jax.random.normal(jax.random.key(0), (10, 6)), jax.random.normal(jax.random.key(1), (2, 3, 6))
+    np.testing.assert_allclose(dot("btd,vd->btv", x, Transposed(table.T, table.shape, 1)), x @ table.T, atol=1e-5)
 
 
 def test_take_reads_rows_of_every_kind():
