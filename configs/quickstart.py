@@ -13,7 +13,7 @@ from llmjax.objectives import NextToken
 
 SIZES = {
     "tiny": dict(vocab=512, dim=64, layers=4, heads=4, hidden=128, context=64, batch=16, steps=40, text=600_000),
-    "7m": dict(vocab=4096, dim=256, layers=8, heads=4, hidden=704, context=256, batch=16, steps=90, text=12_000_000),
+    "7m": dict(vocab=4096, dim=256, layers=8, heads=4, hidden=704, context=256, batch=4, steps=320, text=12_000_000),
 }
 
 
@@ -33,7 +33,7 @@ def get_config(size: str = "7m", experts: int | None = None) -> RunConfig:
         steps=s["steps"],
         batch_size=s["batch"],
         context=s["context"],
-        log_every=10,
+        log_every=s["steps"] // 8,
         eval_every="25%",
         checkpoint_every="25%",
         sample="def ",
