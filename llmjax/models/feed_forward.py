@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot, dots
+from llmjax.core import Compute, Layout, constrain, dot, dots, platform
 from llmjax.core.model_config import Mlp
 from llmjax.models.module import Module, along, compact, vector, weight
 
@@ -31,7 +31,10 @@ def gate(activation: str, g: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _gate_backward(activation: str, kept: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    g, u, d = (x.astype(jnp.float32) for x in jax.lax.optimization_barrier((*kept, d)))
+    held = (*kept, d)
+    if platform() == "cpu":          # else XLA finds act(g) again in the forward pass and keeps it, in float32, for every layer
+        held = jax.lax.optimization_barrier(held)
+    g, u, d = (x.astype(jnp.float32) for x in held)
     a, slope = jax.jvp(ACTIVATIONS[activation], (g,), (jnp.ones_like(g),))
     return (d * u * slope).astype(kept[0].dtype), (d * a).astype(kept[1].dtype)
 
