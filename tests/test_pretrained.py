@@ -22,6 +22,7 @@ transformers.utils.logging.disable_progress_bar()
 
 BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 CASES = {
     "llama": ("Llama", {**BASE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_parameters": ROPE3}),
@@ -31,6 +32,21 @@ CASES = {
     "qwen3": ("Qwen3", {**BASE, "head_dim": 16}),
     "gemma2": ("Gemma2", {**BASE, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}),
     "gemma3": ("Gemma3", {**BASE, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
+    "gemma": ("Gemma", {**BASE, "num_key_value_heads": 1, "head_dim": 16}),
+    "qwen2_moe": ("Qwen2Moe", {**BASE, **MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3Moe", {**BASE, **MOE, "head_dim": 16, "norm_topk_prob": True}),
+    "phi": ("Phi", {**BASE, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi3": ("Phi3", {**BASE, "partial_rotary_factor": 0.75, "hidden_size": 64, "sliding_window": 6}),
+    "olmo2": ("Olmo2", BASE),
+    "granite": ("Granite", {**BASE, "embedding_multiplier": 12.0, "logits_scaling": 7.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625}),
+    "smollm3": ("SmolLM3", {**BASE, "num_hidden_layers": 5}),
+    "starcoder2": ("Starcoder2", {**BASE, "sliding_window": 6}),
+    "stablelm": ("StableLm", {**BASE, "use_qkv_bias": True, "use_parallel_residual": True}),
+    "cohere": ("Cohere", {**BASE, "logit_scale": 0.0625}),
+    "cohere2": ("Cohere2", {**BASE, "sliding_window": 6, "num_hidden_layers": 5}),
+    "glm4": ("Glm4", {**BASE, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoX", {k: v for k, v in BASE.items() if k != "num_key_value_heads"}),
+    "gptj": ("GPTJ", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.2)),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
 }
 TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above

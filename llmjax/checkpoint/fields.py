@@ -108,10 +108,12 @@ class Fields:
                 raise CheckpointError(f"{self.where}: {name}={str(value)[:60]!r} is a field this version does not know, and it may change the answer; remove it if it does not")
 
 
-def read_rope(fields: Fields, theta: float, context: int, kind: str | None = None, names: tuple[str, str] = ("rope_theta", "rope_scaling")) -> Rope:
+def read_rope(fields: Fields, theta: float, context: int, kind: str | None = None, names: tuple[str, str] = ("rope_theta", "rope_scaling"), *,
+              fraction: float | None = None, interleaved: bool = False) -> Rope:
     """Rotary settings out of `rope_parameters` (version 5; of layers of `kind` where they differ) or of `rope_theta` and `rope_scaling` (version 4).
 
-    theta: what holds where nothing is said. context: max_position_embeddings. names: the two fields of version 4 ("" where there is none).
+    theta, fraction: what holds where nothing is said (fraction None: the family rotates whole heads). context: max_position_embeddings. names: the two fields of version 4
+    ("" where there is none).
     Raises CheckpointError for unknown types and fields.
     """
     given = fields.value("rope_parameters", None) or {}
@@ -130,7 +132,7 @@ def read_rope(fields: Fields, theta: float, context: int, kind: str | None = Non
     base = rope.number("rope_theta", None)
     base = float(base if base is not None else outer if outer is not None else theta)
     partial = rope.number("partial_rotary_factor", partial)
-    if partial not in (None, 1, 1.0):
+    if fraction is None and partial not in (None, 1, 1.0):
         raise CheckpointError(f"{fields.where}: partial_rotary_factor={partial}: this family rotates whole heads")
     old = rope.value("type", None)
     name = rope.value("rope_type", old) or "default"
@@ -153,7 +155,7 @@ def read_rope(fields: Fields, theta: float, context: int, kind: str | None = Non
     if name == "default":
         rope.ignore("factor")
     rope.finish(())
-    return Rope(base, 1.0, False, scale)
+    return Rope(base, 1.0 if fraction is None else float(fraction if partial is None else partial), interleaved, scale)
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -176,8 +178,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     raise CheckpointError(f"config.json has no words for the rotary scaling {type(scale).__name__}")
 
 
-def both_ropes(rope: Rope) -> dict[str, Any]:
-    """The rotary fields of version 5 and of version 4 side by side; either version of transformers reads its own."""
+def both_ropes(rope: Rope, partial: bool = False) -> dict[str, Any]:
+    """The rotary fields of version 5 and of version 4 side by side; either version of transformers reads its own. partial: of a family that rotates a part of each head."""
     new = write_rope(rope)
     old = {k: v for k, v in new.items() if k != "rope_theta"}
-    return {"rope_parameters": new, "rope_theta": rope.theta} | ({"rope_scaling": old} if rope.scaling else {})
+    part = {"partial_rotary_factor": rope.fraction} if partial else {}
+    return {"rope_parameters": new | part, "rope_theta": rope.theta} | part | ({"rope_scaling": old} if rope.scaling else {})

@@ -45,7 +45,8 @@ class Row:
     added: what the file's numbers are larger by (GGUF keeps Gemma's norm scales as 1 + w).
     stack: the subtree whose layers {l} counts ("" is the top).
     sizes: (letter, parameter, dimension) for letters of the pattern that the shapes leave open: the size of that dimension of that parameter.
-    A row whose parameters a model (or a layer) does not have is passed over. Where two rows make the same parameter, the first is written; the one whose tensor is there is read.
+    A row whose parameters a model (or a layer) does not have, or has with another number of dimensions, is passed over.
+    Where two rows make the same parameter, the first is written; the one whose tensor is there is read.
     """
     name: str
     path: str | tuple[str, ...]
@@ -116,6 +117,8 @@ def cells(table: Table, flat: Mapping[str, Any]) -> Iterator[Cell]:
                 pieces, shape = None, shapes[0]
                 if row.pattern:
                     pattern = patterns.parse(row.pattern)
+                    if any(len(s) != len(pattern.right) for s in shapes):          # the same name in another kind of layer: a dense one among experts
+                        break
                     known = {letter: flat[f"{base}/{path}" if base else path].shape[len(at) + dim] for letter, path, dim in row.sizes}
                     pieces = tuple(patterns.solve(pattern.right, s, known) for s in shapes)
                     shape = patterns.file_shape(pattern, pieces)

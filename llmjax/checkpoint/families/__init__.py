@@ -5,13 +5,38 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.checkpoint.families import gemma2, gemma3, gpt2, llama, mistral, mixtral, qwen2, qwen3
+from llmjax.checkpoint.families import (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt2,
+    gpt_neox,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
 from llmjax.core.model_config import Attention, ModelConfig
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3, gpt2)}
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
+    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
@@ -55,7 +80,7 @@ def to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     for i, layer in enumerate(config.layers):
         if not isinstance(layer.mixer, Attention) or not isinstance(layer.ffn, family.ffn):
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: {type(layer.mixer).__name__} with {type(layer.ffn).__name__}; set family to one that can")
-        if (layer.mixer.rope is not None) != family.rotary:
+        if family.rotary is not None and (layer.mixer.rope is not None) != family.rotary:
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: rope={layer.mixer.rope}; set family to one that can")
     out = {"architectures": [family.architecture], "model_type": family.model_types[0], **family.write(config)}
     out |= {"dtype": dtype, "torch_dtype": dtype} if dtype else {}

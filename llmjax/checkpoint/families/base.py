@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ class Family:
 
     name: what ModelConfig.family says. model_types: what config.json's model_type may say (the first is written). architecture: the class written.
     read: Fields of config.json -> ModelConfig. write: ModelConfig -> config.json's fields (numbers that this family cannot say are found by reading it back).
-    ffn, rotary: what its layers are made of.
+    ffn: the kind, or kinds, of feed-forward its layers have. rotary: whether they rotate (None: some may).
     """
     name: str
     model_types: tuple[str, ...]
@@ -25,8 +26,8 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     table: Table
-    ffn: type = Mlp
-    rotary: bool = True
+    ffn: type | tuple[type, ...] = Mlp
+    rotary: bool | None = True
 
 
 L = "model.layers.{l}."
@@ -50,6 +51,16 @@ MLP = (
 PRE = (Row(L + "input_layernorm.weight", "norm_mixer/scale"), Row(L + "post_attention_layernorm.weight", "norm_ffn/scale"))
 SANDWICH = (Row(L + "input_layernorm.weight", "norm_mixer/scale"), Row(L + "post_attention_layernorm.weight", "norm_mixer_out/scale"),
             Row(L + "pre_feedforward_layernorm.weight", "norm_ffn/scale"), Row(L + "post_feedforward_layernorm.weight", "norm_ffn_out/scale"))
+
+
+def with_biases(*rows: Row) -> tuple[Row, ...]:
+    """Norms with their biases: each row "….weight" of a scale, and the row of its bias."""
+    return tuple(x for row in rows for x in (row, Row(row.name.removesuffix("weight") + "bias", str(row.path).removesuffix("scale") + "bias")))
+
+
+def inverse(function: Callable[[float], float], guess: float, value: float) -> float:
+    """The number near `guess` that function turns into exactly `value` (guess itself where none does); whole where it can be."""
+    return next((x for x in (float(round(guess)), guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf)) if x and function(x) == value), guess)
 
 
 def table(*rows: Row, **more: Any) -> Table:

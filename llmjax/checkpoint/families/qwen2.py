@@ -8,7 +8,7 @@ from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
 
 def windows(f: Fields, count: int) -> list[int | None]:
     """The window of each layer of a Qwen2 or Qwen3 model."""
-    window = f.count("sliding_window", 4096) if f.value("sliding_window", 4096) is not None else None
+    window = f.count("sliding_window", 4096) if f.value("sliding_window", 4096) else None          # null, and 0 in mixtures: none
     first = f.value("max_window_layers", 28)
     return base.layer_windows(f, count, window if f.flag("use_sliding_window") else None, lambda i: bool(f.flag("use_sliding_window") and window and i >= first))
 
