@@ -54,7 +54,7 @@ class Store:
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 3):
         import orbax.checkpoint as ocp
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)      # what fails in its threads is raised here too, once and by name
         self.folder = pathlib.Path(folder).absolute()
         self._ocp = ocp
         with full_disk(self.folder):
