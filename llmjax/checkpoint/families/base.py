@@ -60,7 +60,7 @@ def with_biases(*rows: Row) -> tuple[Row, ...]:
 
 def inverse(function: Callable[[float], float], guess: float, value: float) -> float:
     """The number near `guess` that function turns into exactly `value` (guess itself where none does); whole where it can be."""
-    return next((x for x in (float(round(guess)), guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf)) if x and function(x) == value), guess)
+    return next((x for x in (round(guess), guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf)) if x and function(x) == value), guess)
 
 
 def table(*rows: Row, **more: Any) -> Table:

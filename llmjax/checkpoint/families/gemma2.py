@@ -1,5 +1,4 @@
 """Gemma 2: norms before and after each block with scales kept around 0, soft caps on scores and logits, every other layer sliding, embedding times sqrt(dim)."""
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +35,7 @@ def scalar(mixer: Attention) -> float:
     """The number whose -1/2 power is the attention scale, whole where it can be."""
     if mixer.scale is None:
         return mixer.head_dim
-    x = mixer.scale ** -2
-    return next((c for c in (round(x), x, math.nextafter(x, 0), math.nextafter(x, math.inf)) if c > 0 and c ** -0.5 == mixer.scale), x)
+    return base.inverse(lambda x: x ** -0.5, mixer.scale ** -2, mixer.scale)
 
 
 FAMILY = base.Family("gemma2", ("gemma2",), "Gemma2ForCausalLM", read, write, base.table(*base.ATTENTION, *base.MLP, *base.SANDWICH))

@@ -22,7 +22,7 @@ def dense_layers(config: ModelConfig) -> list[int]:
 
 
 def write_experts(config: ModelConfig) -> dict[str, Any]:
-    """The fields that Qwen's mixtures share. Raises IndexError nowhere: a model without experts is written as one whose layers are all dense."""
+    """The fields that Qwen's mixtures share; a model without experts is written as one whose layers are all dense."""
     ffns = [layer.ffn for layer in config.layers]
     experts = next((x for x in ffns if isinstance(x, MixtureOfExperts)), MixtureOfExperts(2, 1, 1))
     dense = next((x.hidden for x in ffns if isinstance(x, Mlp)), experts.hidden)
