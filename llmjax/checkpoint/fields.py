@@ -97,6 +97,12 @@ class Fields:
         """Marks fields as read that change nothing here (say why beside the call)."""
         self.asked.update(names)
 
+    def fixed(self, **only: Any) -> None:
+        """Fields of which this family knows one value. Raises CheckpointError where another is given."""
+        for name, value in only.items():
+            if self.value(name, value) not in (None, value):
+                raise CheckpointError(f"{self.where}: {name}={self.values[name]!r}: this family is read with {name}={value!r} alone")
+
     def finish(self, harmless: Iterable[str] = HARMLESS) -> None:
         """Raises CheckpointError for a field that nobody asked for and that is on."""
         if self.values.get("quantization_config"):

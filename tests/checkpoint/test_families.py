@@ -110,6 +110,18 @@ def test_weights_both_ways_bit_for_bit(name):
     assert set(again) == set(tensors) and all(np.array_equal(again[n], x) for n, x in tensors.items())
 
 
+@pytest.mark.parametrize(("name", "change"), [("cohere2", {"rotary_pct": 0.5}), ("cohere2", {"use_gated_activation": False}), ("starcoder2", {"norm_type": "rms_norm"}),
+                                              ("gptj", {"scale_attn_weights": False})])
+def test_a_field_with_one_known_value_is_refused_with_another(name, change):
+    field, value = next(iter(change.items()))
+    with pytest.raises(CheckpointError, match=f"{field}={value!r}: this family is read with"):
+        to_model_config({**CASES[name], **change})
+
+
+def test_a_window_left_out_is_transformers_default():
+    assert {layer.mixer.window for layer in to_model_config({**CASES["qwen3_moe"], "use_sliding_window": True}).layers} == {4096}
+
+
 def test_spellings_of_rotary_scaling():
     base = CASES["llama"]
     for scaling, want in [

@@ -11,8 +11,8 @@ def read(f: Fields) -> ModelConfig:
     dim, heads, context, biased = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 8192), f.flag("attention_bias")
     mixer = Attention(heads, base.kv_heads(f, heads, heads), base.head_dim(f, dim, heads), read_rope(f, 10_000.0, context, interleaved=True), qkv_bias=biased, out_bias=biased)
     ffn, every = Mlp(f.count("intermediate_size"), f.activation("hidden_act", "silu")), f.count("sliding_window_pattern", 4)
-    f.ignore("order_of_interleaved_layers", "position_embedding_type", "rotary_pct", "use_gated_activation", "use_embedding_sharing", "use_parallel_block", "use_parallel_embedding",
-             "layer_switch")                                                             # published files describe what this family always does
+    f.fixed(order_of_interleaved_layers="local_attn_first", position_embedding_type="rope_gptj", rotary_pct=1.0, use_gated_activation=True, use_embedding_sharing=True,
+            use_parallel_block=True, layer_switch=every)
     windows = base.layer_windows(f, f.count("num_hidden_layers"), f.count("sliding_window", 4096), lambda i: (i + 1) % every != 0)
     layers = [Layer(replace(mixer, window=window, rope=mixer.rope if window else None), ffn, "parallel") for window in windows]
     return base.model(f, "cohere2", layers, dim=dim, norm=Norm("layer", f.number("layer_norm_eps", 1e-5)), tied=True, context=context,

@@ -19,7 +19,8 @@ def read(f: Fields) -> ModelConfig:
     dim, heads, context = f.count("n_embd"), f.count("n_head"), f.count("n_positions", 2048)
     if dim % heads:
         raise CheckpointError(f"{f.where}: n_embd={dim} is not a multiple of n_head={heads}")
-    f.ignore("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "scale_attn_weights", "rotary")    # of GPT-2
+    f.ignore("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout")    # of GPT-2
+    f.fixed(scale_attn_weights=True, rotary=True)
     size = dim // heads
     mixer = Attention(heads, heads, size, Rope(fraction=f.count("rotary_dim", 64) / size, interleaved=True))
     ffn = Mlp(f.count("n_inner", 4 * dim), f.activation("activation_function", "gelu_new"), gated=False, bias=True)

@@ -40,7 +40,7 @@ def experts_of(f: Fields, activation: Any, **more: Any) -> MixtureOfExperts:
 def read(f: Fields) -> ModelConfig:
     dim, heads, context = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 32_768)
     norm, biased, count = Norm(eps=f.number("rms_norm_eps", 1e-6)), f.flag("attention_bias"), f.count("num_hidden_layers")
-    window = f.count("sliding_window", None) if f.flag("use_sliding_window") else None
+    window = f.count("sliding_window", 4096) if f.flag("use_sliding_window") and f.value("sliding_window", 4096) else None
     f.ignore("sliding_window", "max_window_layers")                                      # transformers gives every layer the window, or none
     mixer = Attention(heads, base.kv_heads(f, heads, 4), base.head_dim(f, dim, heads), read_rope(f, 10_000.0, context), window,
                       qkv_bias=biased, out_bias=biased, qk_norm=QKNorm(norm))
