@@ -82,7 +82,7 @@ def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]
         file = gguf_file.Gguf(place)
         return gguf_models.to_model_config(file), file, gguf_models.table(file)
     config = folder.read_config(place)
-    return config, safetensors_file.open_folder(place), family_of(config.family).table
+    return config, safetensors_file.open_folder(place), family_of(config.family).rows(config)
 
 
 def read_tokenizer(place: pathlib.Path, source: Any) -> tokenizers.Tokenizer | None:
@@ -118,7 +118,7 @@ def save(path: str | pathlib.Path, model: models.Decoder, params: dict[str, Any]
     target, config = pathlib.Path(path).expanduser(), model.config
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, target)
-    rows = family_of(config.family).table
+    rows = family_of(config.family).rows(config)
     wanted = {cell.name: cell.shape for cell in table.cells(rows, flatten(models.abstract_params(model)))}
     given = {cell.name: cell.shape for cell in table.cells(rows, flatten(params))}
     for name in sorted({**wanted, **given}):

@@ -24,6 +24,9 @@ BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_laye
             bos_token_id=1, eos_token_id=2, initializer_range=0.2)
 MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+ROPE_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=2,
+              first_k_dense_replace=1, moe_intermediate_size=16, n_group=4, topk_group=2)
 CASES = {
     "llama": ("Llama", {**BASE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_parameters": ROPE3}),
     "mistral": ("Mistral", {**BASE, "sliding_window": 6, "head_dim": 8}),
@@ -41,12 +44,27 @@ CASES = {
     "granite": ("Granite", {**BASE, "embedding_multiplier": 12.0, "logits_scaling": 7.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625}),
     "smollm3": ("SmolLM3", {**BASE, "num_hidden_layers": 5}),
     "starcoder2": ("Starcoder2", {**BASE, "sliding_window": 6}),
-    "stablelm": ("StableLm", {**BASE, "use_qkv_bias": True, "use_parallel_residual": True}),
-    "cohere": ("Cohere", {**BASE, "logit_scale": 0.0625}),
+    "stablelm": ("StableLm", {**BASE, "use_qkv_bias": True, "use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere": ("Cohere", {**BASE, "logit_scale": 0.0625, "use_qk_norm": True}),
     "cohere2": ("Cohere2", {**BASE, "sliding_window": 6, "num_hidden_layers": 5}),
     "glm4": ("Glm4", {**BASE, "head_dim": 8}),
     "gpt_neox": ("GPTNeoX", {k: v for k, v in BASE.items() if k != "num_key_value_heads"}),
     "gptj": ("GPTJ", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.2)),
+    "ministral3": ("Ministral3", {**BASE, "head_dim": 8, "rope_parameters": {**ROPE_YARN, "llama_4_scaling_beta": 0.3}}),
+    "deepseek_v2": ("DeepseekV2", {**BASE, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}),
+    "deepseek_v3": ("DeepseekV3", {**BASE, **LATENT, "q_lora_rank": 16, "rope_parameters": {**ROPE_YARN, "mscale_all_dim": 1.0, "mscale": 1.0}}),
+    "gpt_oss": ("GptOss", {**BASE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "swiglu_limit": 0.1}),
+    "granitemoe": ("GraniteMoe", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5}),
+    "glm4_moe": ("Glm4Moe", {**BASE, "head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "use_qk_norm": True, "attention_bias": True}),
+    "llama4": ("Llama4", {**BASE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_hidden_layers": 4, "attention_chunk_size": 8, "interleave_moe_layer_step": 2,
+                          "floor_scale": 4, "attn_scale": 0.5}),
+    "dbrx": ("Dbrx", dict(vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(kv_n_heads=2, clip_qkv=0.5, rope_theta=1e4),
+                          ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2))),
+    "falcon": ("Falcon", dict(vocab_size=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, alibi=True, parallel_attn=False, multi_query=False, bias=True,
+                              initializer_range=0.2)),
+    "bloom": ("Bloom", dict(vocab_size=96, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)),
+    "mpt": ("Mpt", dict(vocab_size=96, d_model=48, n_heads=6, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(clip_qkv=1))),
+    "nanochat": ("NanoChat", BASE),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
 }
 TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above
@@ -55,7 +73,7 @@ TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)     
 def theirs(name):
     """A model of transformers with random weights at a scale where a wrong rotary base shows, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     prefix, fields = CASES[name]
-    config = getattr(transformers, {"gemma3": "Gemma3TextConfig"}.get(name, prefix + "Config"))(**fields)
+    config = getattr(transformers, {"gemma3": "Gemma3TextConfig", "llama4": "Llama4TextConfig"}.get(name, prefix + "Config"))(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, prefix + ("LMHeadModel" if name == "gpt2" else "ForCausalLM"))(config).eval().float()
     generator = torch.Generator().manual_seed(1)

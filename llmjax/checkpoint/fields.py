@@ -4,11 +4,12 @@ Both spellings of transformers are read: version 4 (`rope_theta`, `rope_scaling`
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmjax.core.errors import CheckpointError, nearest
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
+from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 
 # What a config.json may say that does not change the answer: names, training and generation settings, caches, ids that the tokenizer knows better.
 HARMLESS = frozenset("""
@@ -115,7 +116,7 @@ class Fields:
 
 
 def read_rope(fields: Fields, theta: float, context: int, kind: str | None = None, names: tuple[str, str] = ("rope_theta", "rope_scaling"), *,
-              fraction: float | None = None, interleaved: bool = False) -> Rope:
+              fraction: float | None = None, interleaved: bool = False, reverse: bool = False) -> Rope:
     """Rotary settings out of `rope_parameters` (version 5; of layers of `kind` where they differ) or of `rope_theta` and `rope_scaling` (version 4).
 
     theta, fraction: what holds where nothing is said (fraction None: the family rotates whole heads). context: max_position_embeddings. names: the two fields of version 4
@@ -151,17 +152,31 @@ def read_rope(fields: Fields, theta: float, context: int, kind: str | None = Non
         scale = DynamicNtk(float(rope.number("factor")), context)
     elif name == "llama3":
         scale = Llama3Scaling(float(rope.number("factor")), float(rope.number("low_freq_factor")), float(rope.number("high_freq_factor")), int(original))
+    elif name in ("longrope", "su") or (name == "yarn" and "short_factor" in rope.values):          # "su" and "yarn": Phi-3's older names
+        scale = read_longrope(rope, context, int(original))
     elif name == "yarn":
         factor = rope.number("factor", None)
         fast, slow = float(rope.number("beta_fast", None) or 32), float(rope.number("beta_slow", None) or 1)
         scale = Yarn(float(context / original if factor is None else factor), int(original), fast, slow,
                      rope.number("attention_factor", None), rope.number("mscale", None), rope.number("mscale_all_dim", None), rope.flag("truncate", True))
     elif name != "default":
-        raise CheckpointError(f"{fields.where}: the rope type {name!r} is unknown" + nearest(str(name), ["default", "linear", "dynamic", "yarn", "llama3"]))
+        raise CheckpointError(f"{fields.where}: the rope type {name!r} is unknown" + nearest(str(name), ["default", "linear", "dynamic", "yarn", "llama3", "longrope"]))
     if name == "default":
         rope.ignore("factor")
     rope.finish(())
-    return Rope(base, 1.0 if fraction is None else float(fraction if partial is None else partial), interleaved, scale)
+    return Rope(base, 1.0 if fraction is None else float(fraction if partial is None else partial), interleaved, scale, reverse)
+
+
+def read_longrope(rope: Fields, context: int, original: int) -> LongRope:
+    """The two lists of factors; sines and cosines grow with the logarithm of how far the context was stretched (arXiv:2402.13753, section 3)."""
+    lists = {name: rope.value(name) for name in ("short_factor", "long_factor")}
+    for name, values in lists.items():
+        if not isinstance(values, list) or not all(isinstance(x, int | float) and x > 0 for x in values):
+            raise CheckpointError(f"{rope.where}: {name}={str(values)[:60]!r}: a list of positive numbers is expected, one for two rotated dimensions")
+    stretched, attention = rope.number("factor", None) or context / original, rope.number("attention_factor", None)
+    if attention is None:
+        attention = 1.0 if stretched <= 1 else math.sqrt(1 + math.log(stretched) / math.log(original))
+    return LongRope(tuple(map(float, lists["short_factor"])), tuple(map(float, lists["long_factor"])), original, attention)
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -177,6 +192,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     if isinstance(scale, Llama3Scaling):
         return out | {"rope_type": "llama3", "factor": scale.factor, "low_freq_factor": scale.low_freq_factor, "high_freq_factor": scale.high_freq_factor,
                       "original_max_position_embeddings": scale.context}
+    if isinstance(scale, LongRope):
+        return out | {"rope_type": "longrope", "short_factor": list(scale.short), "long_factor": list(scale.long), "original_max_position_embeddings": scale.context,
+                      "attention_factor": scale.attention_factor}
     if isinstance(scale, Yarn):
         optional = {"attention_factor": scale.attention_factor, "mscale": scale.mscale, "mscale_all_dim": scale.mscale_all_dim}
         out |= {"rope_type": "yarn", "factor": scale.factor, "original_max_position_embeddings": scale.context, "beta_fast": scale.beta_fast, "beta_slow": scale.beta_slow}

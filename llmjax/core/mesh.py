@@ -30,6 +30,7 @@ RULES: Rules = (
     ("expert", "expert"),
     ("layer", None),
     ("head_dim", None),
+    ("latent", None),
     ("norm", None),
     ("router", None),
     ("position", None),

@@ -6,11 +6,13 @@ row of data; a new kind of layer makes a dataclass here and a module in `models/
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from typing import Literal, get_args
 
 from llmjax.core.errors import ConfigError, nearest
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared"]
+MAX_CHUNKS = 1 << 12                   # chunks of a chunked layer in one sequence: a segment id and a chunk share 31 bits
 
 
 @dc.dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Yarn:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def temperature(self, mscale: float) -> float:
+        """What sines and cosines are multiplied by so that scores stay as sharp (eq. 22; `mscale` as in DeepSeek-V2's code)."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
 
 @dc.dataclass(frozen=True)
 class Llama3Scaling:
@@ -58,7 +64,16 @@ class Llama3Scaling:
     context: int
 
 
-RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling
+@dc.dataclass(frozen=True)
+class LongRope:
+    """Each frequency divided by its own factor: one list up to `context` tokens, another for longer sequences (Ding et al. 2024, arXiv:2402.13753; Phi-3)."""
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    context: int
+    attention_factor: float = 1.0
+
+
+RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling | LongRope
 
 
 @dc.dataclass(frozen=True)
@@ -68,13 +83,31 @@ class Rope:
     fraction: float = 1.0
     interleaved: bool = False
     scaling: RopeScaling | None = None
+    reverse: bool = False              # turned by minus the angle (nanochat)
 
 
 @dc.dataclass(frozen=True)
 class QKNorm:
-    """A norm on queries and keys before the rotation, over each head or over all heads at once."""
+    """A norm on queries and keys: over a head with the scales shared by all heads ("head") or its own ("each"), or over all heads at once ("full")."""
     norm: Norm = Norm()
-    over: Literal["head", "full"] = "head"
+    over: Literal["head", "each", "full"] = "head"
+    rotated: bool = False              # after the rotation, not before
+
+
+@dc.dataclass(frozen=True)
+class Alibi:
+    """Scores fall by slope × distance instead of rotary positions (Press et al. 2021, arXiv:2108.12409); head i of a power of two of heads n has slope 2 ** (-max_bias · i / n)."""
+    max_bias: float = 8.0
+    scale: float = 1.0                 # on all slopes
+    rounded: bool = False              # slopes rounded to bfloat16 (Falcon)
+
+
+@dc.dataclass(frozen=True)
+class Temperature:
+    """Queries times 1 + beta · log(1 + floor((position + offset) / length)): attention stays sharp over long texts (Nakanishi 2025, arXiv:2501.19399; Llama 4, Ministral 3)."""
+    beta: float
+    length: float
+    offset: int = 0
 
 
 @dc.dataclass(frozen=True)
@@ -92,6 +125,38 @@ class Attention:
     scale: float | None = None         # None: head_dim ** -0.5
     softcap: float | None = None       # cap * tanh(score / cap)
     sinks: bool = False                # one learned logit per head that takes part in the softmax and carries no value
+    chunked: bool = False              # of the window only what lies in the query's own chunk: positions are cut into chunks of `window` (Llama 4)
+    clip: float | None = None          # queries, keys and values are held within ± clip
+    alibi: Alibi | None = None
+    temperature: Temperature | None = None
+
+
+@dc.dataclass(frozen=True)
+class LatentAttention:
+    """Keys and values of all heads out of one small latent vector a token, which is what a cache keeps (DeepSeek-V2, arXiv:2405.04434, section 2.1). A head's query and key are
+    `nope_dim` numbers without and `rope_dim` with rotary positions, the latter of keys shared by all heads; `query_rank`: queries come out of a latent vector too."""
+    heads: int
+    latent: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: Rope = Rope(interleaved=True)
+    query_rank: int | None = None
+    bias: bool = False                 # on the products into the latents and out of the heads
+    scale: float | None = None         # None: (nope_dim + rope_dim) ** -0.5
+    norm: Norm = Norm()                # of the latents
+    window: int | None = None
+    causal: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Of a query: what scores cost."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """One latent serves all heads."""
+        return 1
 
 
 @dc.dataclass(frozen=True)
@@ -100,6 +165,14 @@ class Mlp:
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
+
+
+@dc.dataclass(frozen=True)
+class Groups:
+    """Experts are chosen among the best `top` of `count` groups; a group is as good as its best `by` experts together (DeepSeek-V2: 1, V3: 2)."""
+    count: int
+    top: int
+    by: int = 1
 
 
 @dc.dataclass(frozen=True)
@@ -113,9 +186,16 @@ class MixtureOfExperts:
     shared_gate: bool = False          # the shared MLP's output times sigmoid(x @ w)
     renormalize: bool = True           # the chosen experts' probabilities sum to 1
     scale: float = 1.0
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    groups: Groups | None = None
+    selection_bias: bool = False       # added to the scores for choosing alone (DeepSeek-V3's balance without a loss)
+    router_bias: bool = False
+    bias: bool = False                 # on each expert's products
+    scale_inputs: bool = False         # the gate multiplies what an expert sees, not what it answers (Llama 4)
+    limit: float | None = None         # gate at most limit, up within ± limit, then (up + 1) · gate · sigmoid(1.702 gate) (gpt-oss)
 
 
-Mixer = Attention
+Mixer = Attention | LatentAttention
 FeedForward = Mlp | MixtureOfExperts
 Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
 
@@ -174,10 +254,30 @@ def check_layer(layer: Layer, where: str) -> None:
     mixer = layer.mixer
     if mixer.heads % mixer.kv_heads:
         raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of kv_heads={mixer.kv_heads}")
-    if mixer.rope and int(mixer.head_dim * mixer.rope.fraction) % 2:
-        raise ConfigError(f"{where}: rotary positions need an even number of dimensions, head_dim={mixer.head_dim} × fraction={mixer.rope.fraction} has {int(mixer.head_dim * mixer.rope.fraction)}")
-    if isinstance(layer.ffn, MixtureOfExperts) and not 1 <= layer.ffn.top_k <= layer.ffn.experts:
-        raise ConfigError(f"{where}: top_k={layer.ffn.top_k} must lie between 1 and experts={layer.ffn.experts}")
+    rope, size = rotation(mixer)
+    if rope and int(size * rope.fraction) % 2:
+        raise ConfigError(f"{where}: rotary positions need an even number of dimensions, head_dim={size} × fraction={rope.fraction} has {int(size * rope.fraction)}")
+    if rope and isinstance(rope.scaling, LongRope):
+        for name, factors in (("short", rope.scaling.short), ("long", rope.scaling.long)):
+            if len(factors) != int(size * rope.fraction) // 2:
+                raise ConfigError(f"{where}: LongRope has {len(factors)} {name} factors, the {int(size * rope.fraction)} rotated dimensions need {int(size * rope.fraction) // 2}")
+    if isinstance(mixer, Attention) and mixer.chunked and not mixer.window:
+        raise ConfigError(f"{where}: chunked attention needs a window, the length of a chunk")
+    if isinstance(layer.ffn, MixtureOfExperts):
+        check_experts(layer.ffn, where)
+
+
+def check_experts(ffn: MixtureOfExperts, where: str) -> None:
+    if not 1 <= ffn.top_k <= ffn.experts:
+        raise ConfigError(f"{where}: top_k={ffn.top_k} must lie between 1 and experts={ffn.experts}")
+    groups = ffn.groups
+    if groups and (ffn.experts % groups.count or not 1 <= groups.top <= groups.count or ffn.experts // groups.count * groups.top < ffn.top_k or groups.by > ffn.experts // groups.count):
+        raise ConfigError(f"{where}: {ffn.experts} experts do not divide into {groups.count} groups of which {groups.top} hold the {ffn.top_k} chosen ones")
+
+
+def rotation(mixer: Mixer) -> tuple[Rope | None, int]:
+    """(rotary positions, how many numbers of a query they are a part of)."""
+    return mixer.rope, mixer.rope_dim if isinstance(mixer, LatentAttention) else mixer.head_dim
 
 
 def find_cycle(layers: tuple[Layer, ...], longest: int = 16) -> dict:

@@ -4,6 +4,7 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 from __future__ import annotations
 
+import dataclasses as dc
 import functools
 import logging
 import math
@@ -11,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmjax.core import Compute, Layout, constrain, dot, dots, platform
 from llmjax.core.mesh import mesh_axes
-from llmjax.core.model_config import Attention, Norm
+from llmjax.core.model_config import MAX_CHUNKS, Alibi, Attention, LatentAttention, Norm, Temperature
 from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
 from llmjax.models.context import Context
@@ -37,13 +39,21 @@ class MultiHeadAttention(Module):
             q = q + along(vector(self, "q_bias", "heads head_dim", (N, H)), q)
             k = k + along(vector(self, "k_bias", "kv_heads head_dim", (K, H)), k)
             v = v + along(vector(self, "v_bias", "kv_heads head_dim", (K, H)), v)
-        if a.qk_norm:
+        if a.clip:
+            q, k, v = (jnp.clip(y, -a.clip, a.clip) for y in (q, k, v))
+        if a.qk_norm and not a.qk_norm.rotated:
             q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
         q, k = context.rotate(q, a.rope), context.rotate(k, a.rope)
+        if a.qk_norm and a.qk_norm.rotated:
+            q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
+        if a.temperature:
+            q = q * sharpening(a.temperature, context.places(q.shape[1])).astype(q.dtype)
         q, k, v = (constrain(y, f"batch length {heads} .", self.layout.rules) for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
         sinks = vector(self, "sinks", "heads", (N,)) if a.sinks else None
         with jax.named_scope("attend"):
-            y, stored = self.attend(q, k, v, sinks, context, stored)
+            seen, stored = look(k, v, context, stored, a.window)
+            y = attend(q, seen, context, a, scale=H ** -0.5 if a.scale is None else a.scale, softcap=a.softcap, chunked=a.chunked, sinks=sinks,
+                       slopes=None if a.alibi is None else slopes(a.alibi, N), compute=self.compute, layout=self.layout)
         y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (N, H, D)))
         if a.out_bias:
             y = y + along(vector(self, "o_bias", "norm", (D,)), y)
@@ -52,45 +62,79 @@ class MultiHeadAttention(Module):
     def normalized(self, name: str, x: jax.Array) -> jax.Array:
         spec = self.spec.qk_norm
         assert spec is not None
-        norm = Normalize(spec.norm, self.compute, name=name)
-        return norm(x) if spec.over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        norm = Normalize(spec.norm, self.compute, each=spec.over == "each", name=name)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if spec.over == "full" else norm(x)
 
-    def attend(self, q, k, v, sinks, context: Context, stored: KeyValue | None):
-        """What the queries may look at: this call's own keys, or those of the cache, or (a ring that this call would overwrite) both."""
-        a = self.spec
-        numbers = dict(causal=a.causal, window=a.window, softcap=a.softcap, scale=a.head_dim ** -0.5 if a.scale is None else a.scale, sinks=sinks)
-        mine = dict(query_positions=context.positions, query_segments=context.segments)
-        place: Plan | None = None
-        seen: tuple[Any, ...]
-        if stored is not None:
-            place = context.plans[stored.k.shape[1]]
-            old, stored = stored, remember(stored, k, v, place)
-        if stored is None or place is None or (context.empty and q.shape[1] > 1):
-            seen = (k, v, context.positions, context.segments)
-        elif q.shape[1] == 1 or not a.window or old.k.shape[1] > a.window:
-            seen = (stored.k, stored.v, place.after.positions, place.after.segments)
-        else:
-            segments = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None else context.segments
-            pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
-            seen = tuple(jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
-        alone = seen[0] is k
-        if not alone and mine["query_segments"] is None:
-            mine["query_segments"] = jnp.ones(q.shape[:2], jnp.int32)
-        y = self.kernel(q, seen[0], seen[1], **mine, key_positions=seen[2], key_segments=seen[3], in_order=alone, **numbers)
-        return y, stored
 
-    def kernel(self, q, k, v, *, sinks, **settings) -> jax.Array:
-        """The implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
-        name, reason = kernels.choose(platform(), self.compute.attention, q, v, causal=settings["causal"], in_order=settings["in_order"], window=settings["window"],
-                                      softcap=settings["softcap"], sinks=sinks, segments=settings["query_segments"] is not None)
-        tell(name, reason)
-        implementation = kernels.IMPLEMENTATIONS[name]
-        table, mesh = dict(reversed(self.layout.rules)), jax.sharding.get_abstract_mesh()
-        batch, heads = (tuple(a for a in mesh_axes(table[axis]) if not mesh.empty and mesh.shape[a] > 1) for axis in ("batch", "heads"))
-        rows, columns = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))
-        if rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (k.shape[2] % columns == 0 or columns % k.shape[2] == 0):
-            implementation = kernels.sharded(implementation, batch=batch, heads=heads)
-        return implementation(q, k, v, sinks=sinks, **settings)
+def sharpening(spec: Temperature, positions: jax.Array) -> jax.Array:
+    """What queries at positions [B, T] are multiplied by: float32 [B, T, 1, 1]."""
+    return (1.0 + spec.beta * jnp.log1p(jnp.floor((positions + spec.offset).astype(jnp.float32) / spec.length)))[..., None, None]
+
+
+def slopes(spec: Alibi, heads: int) -> jax.Array:
+    """ALiBi's slope of each head, float32 [N]; heads beyond a power of two take every other slope of twice as many (arXiv:2108.12409, section 3, and its published code)."""
+    whole = 2 ** math.floor(math.log2(heads))
+    exponents = [*(np.arange(1, whole + 1) / whole), *(np.arange(1, 2 * (heads - whole) + 1, 2) / (2 * whole))]
+    values = jnp.asarray(2.0 ** (-spec.max_bias * np.array(exponents)), jnp.float32)
+    return (values.astype(jnp.bfloat16).astype(jnp.float32) if spec.rounded else values) * spec.scale
+
+
+@dc.dataclass(frozen=True)
+class Seen:
+    """What queries may look at: k [B, S, K, H], v [B, S, K, Hv], positions and segments [B, S] (None: a range, one document). own: this call's own tokens and no others."""
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array | None
+    segments: jax.Array | None
+    own: bool
+
+
+def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, window: int | None) -> tuple[Seen, KeyValue | None]:
+    """-> (what this call's queries may look at, the layer's cache with k and v in it): the call's own keys, or the cache's, or (a ring that this call would overwrite) both."""
+    mine = Seen(k, v, context.positions, context.segments, True)
+    if stored is None:
+        return mine, None
+    place: Plan = context.plans[stored.k.shape[1]]
+    old, stored = stored, remember(stored, k, v, place)
+    if context.empty and k.shape[1] > 1:
+        return mine, stored
+    if k.shape[1] == 1 or not window or old.k.shape[1] > window:
+        return Seen(stored.k, stored.v, place.after.positions, place.after.segments, False), stored
+    segments = jnp.ones(k.shape[:2], jnp.int32) if context.segments is None else context.segments
+    pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
+    keys, values, positions, known = (jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
+    return Seen(keys, values, positions, known, False), stored
+
+
+def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout, softcap: float | None = None,
+           chunked: bool = False, sinks: jax.Array | None = None, slopes: jax.Array | None = None) -> jax.Array:
+    """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
+    segments = context.segments
+    if not seen.own and segments is None:
+        segments = jnp.ones(q.shape[:2], jnp.int32)
+    where: dict[str, Any] = dict(query_positions=context.positions, query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
+    if chunked:
+        assert spec.window
+        for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
+            where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
+    settings: dict[str, Any] = dict(causal=spec.causal, in_order=seen.own, window=spec.window, softcap=softcap, sinks=sinks, slopes=slopes)
+    name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, **settings)
+    tell(name, reason)
+    implementation = kernels.IMPLEMENTATIONS[name]
+    table, mesh = dict(reversed(layout.rules)), jax.sharding.get_abstract_mesh()
+    batch, heads = (tuple(a for a in mesh_axes(table[axis]) if not mesh.empty and mesh.shape[a] > 1) for axis in ("batch", "heads"))
+    rows, columns = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))
+    K = seen.k.shape[2]
+    if rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0):
+        implementation = kernels.sharded(implementation, batch=batch, heads=heads)
+    return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
+
+
+def chunks(segments: jax.Array | None, positions: jax.Array | None, length: int, chunk: int) -> jax.Array:
+    """Segment ids [B, T] that differ from chunk to chunk of a segment: chunked attention is attention in these segments (and in a window, which lets kernels skip the rest)."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
+    segments = jnp.ones_like(positions) if segments is None else segments
+    return jnp.where(segments > 0, segments * MAX_CHUNKS + positions // chunk, 0)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llmjax.core.model_config import Attention, ModelConfig
+from llmjax.core.model_config import LatentAttention, Mixer, ModelConfig
 
 
 @register_dataclass
@@ -28,7 +28,7 @@ class Slots:
 @register_dataclass
 @dc.dataclass(frozen=True)
 class KeyValue:
-    """k, v [B, S, K, H]; with a leading [repeats] axis in a scanned cycle."""
+    """k [B, S, K, H], v [B, S, K, Hv]; with a leading [repeats] axis in a scanned cycle. Latent attention keeps its latents and the shared rotated key as k, and no v (Hv = 0)."""
     k: jax.Array
     v: jax.Array
 
@@ -56,15 +56,16 @@ class Plan:
     after: Slots
 
 
-def slots_of(mixer: Attention, length: int) -> int:
+def slots_of(mixer: Mixer, length: int) -> int:
     return min(length, mixer.window) if mixer.window else length
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """An empty cache for `length` positions of `batch` rows."""
     def one(layer, *lead):
-        shape = (*lead, batch, slots_of(layer.mixer, length), layer.mixer.kv_heads, layer.mixer.head_dim)
-        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        mixer, heads = layer.mixer, (*lead, batch, slots_of(layer.mixer, length), layer.mixer.kv_heads)
+        widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
+        return KeyValue(*(jnp.zeros((*heads, width), dtype) for width in widths))
     layers = {"prefix": tuple(one(x) for x in config.prefix), "cycle": tuple(one(x, config.repeats) for x in config.cycle), "suffix": tuple(one(x) for x in config.suffix)}
     sizes = sorted({slots_of(x.mixer, length) for x in config.layers} | {length})
     return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sizes}, empty=True)

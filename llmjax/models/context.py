@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llmjax.core.model_config import ModelConfig, Rope
+from llmjax.core.model_config import ModelConfig, Rope, rotation
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
 
@@ -28,6 +28,10 @@ class Context:
     ropes: tuple[tuple[Rope, int], ...] = dc.field(metadata=dict(static=True))
     empty: bool = dc.field(metadata=dict(static=True))       # the cache held nothing before this call
 
+    def places(self, length: int) -> jax.Array:
+        """The tokens' positions, [B, T] or [1, T] int32."""
+        return jnp.arange(length, dtype=jnp.int32)[None] if self.positions is None else self.positions
+
     def rotate(self, x: jax.Array, rope: Rope | None) -> jax.Array:
         """x [B, T, N, H] with its rotary positions applied."""
         return x if rope is None else rotary.rotate(x, self.tables[self.ropes.index((rope, x.shape[-1]))], rope)
@@ -41,7 +45,7 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
         positions = jnp.broadcast_to(next_positions(cache, shape) if positions is None else positions, shape).astype(jnp.int32)
         known = jnp.ones(shape, jnp.int32) if segments is None else jnp.broadcast_to(segments, shape).astype(jnp.int32)
         plans = {size: plan(slots, positions, known) for size, slots in cache.slots.items()}
-    ropes = tuple(dict.fromkeys((x.mixer.rope, x.mixer.head_dim) for x in config.layers if x.mixer.rope))
+    ropes = tuple(dict.fromkeys((rope, size) for rope, size in (rotation(x.mixer) for x in config.layers) if rope))
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     tables = tuple(rotary.tables(rope, head_dim, where) for rope, head_dim in ropes)
     return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty)

@@ -42,6 +42,12 @@ def _gate_backward(activation: str, kept: tuple[jax.Array, jax.Array], d: jax.Ar
 gate.defvjp(lambda activation, g, u: (gate(activation, g, u), (g, u)), _gate_backward)
 
 
+def clamped(g: jax.Array, u: jax.Array, limit: float) -> jax.Array:
+    """gpt-oss' gate, in float32, in g's dtype: g at most `limit`, u within ± limit, (u + 1) · g · sigmoid(1.702 g)."""
+    low, high = jnp.minimum(g.astype(jnp.float32), limit), jnp.clip(u.astype(jnp.float32), -limit, limit)
+    return ((high + 1.0) * ACTIVATIONS["quick_gelu"](low)).astype(g.dtype)
+
+
 class MultiLayerPerceptron(Module):
     """x [B, T, D] -> [B, T, D]: down(act(gate x) * up x), or down(act(up x)) without a gate."""
     spec: Mlp

@@ -9,16 +9,17 @@ from collections.abc import Callable
 import jax
 
 from llmjax.core import Compute, Layout, constrain
-from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, Norm
+from llmjax.core.model_config import Attention, LatentAttention, Layer, MixtureOfExperts, Mlp, Norm
 from llmjax.models.attention import MultiHeadAttention
 from llmjax.models.cache import KeyValue
 from llmjax.models.context import Context
 from llmjax.models.feed_forward import MultiLayerPerceptron
+from llmjax.models.latent_attention import MultiHeadLatentAttention
 from llmjax.models.mixture_of_experts import Experts
 from llmjax.models.module import Module, compact
 from llmjax.models.norms import Normalize
 
-MIXERS = {Attention: MultiHeadAttention}
+MIXERS = {Attention: MultiHeadAttention, LatentAttention: MultiHeadLatentAttention}
 FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
 
 Sub = Callable[[jax.Array], jax.Array]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
+from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 
 
 def rotary_dims(rope: Rope, head_dim: int) -> int:
@@ -18,7 +18,7 @@ def rotary_dims(rope: Rope, head_dim: int) -> int:
 
 
 def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> tuple[jax.Array, float]:
-    """-> (radians per position, [d/2] float32, or [B, 1, d/2] where they depend on the sequence; factor on sines and cosines). `length` [B]: tokens of each row, for DynamicNtk."""
+    """-> (radians per position, [d/2] float32, or [B, 1, d/2] where they depend on the sequence; factor on sines and cosines). `length` [B]: tokens of each row, for DynamicNtk and LongRope."""
     d = rotary_dims(rope, head_dim)
     exponents = np.arange(0, d, 2, dtype=np.float32) / d
     plain = 1.0 / rope.theta ** exponents.astype(np.float64)
@@ -34,8 +34,13 @@ def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> t
             return (1.0 / theta[:, None] ** jnp.asarray(exponents)[None])[:, None], 1.0
         case Llama3Scaling(factor, low_factor, high_factor, context):
             wavelength = 2 * math.pi / plain
-            smooth = np.clip((context / wavelength - low_factor) / (high_factor - low_factor), 0.0, 1.0)
+            above = context / wavelength - low_factor
+            smooth = np.clip(above / (high_factor - low_factor), 0.0, 1.0) if high_factor != low_factor else (above >= 0).astype(np.float64)
             return jnp.asarray((1 - smooth) * plain / factor + smooth * plain, jnp.float32), 1.0
+        case LongRope(short, long, context, factor):
+            assert length is not None, "LongRope needs the length"
+            near, far = (jnp.asarray(plain / np.array(divisors), jnp.float32) for divisors in (short, long))
+            return jnp.where((length > context)[:, None, None], far[None, None], near[None, None]), factor
         case Yarn() as yarn:
             return yarn_frequencies(rope.theta, plain, d, yarn)
     raise TypeError(f"rope scaling {rope.scaling!r}")
@@ -51,12 +56,9 @@ def yarn_frequencies(theta: float, plain: np.ndarray, d: int, yarn: Yarn) -> tup
     low, high = max(low, 0), min(high, d - 1)
     ramp = np.clip((np.arange(d // 2) - low) / max(high - low, 1e-3), 0, 1)
     mixed = plain / yarn.factor * ramp + plain * (1 - ramp)
-
-    def temperature(m):
-        return 1.0 if yarn.factor <= 1 else 0.1 * m * math.log(yarn.factor) + 1.0
     factor = yarn.attention_factor
     if factor is None:
-        factor = temperature(yarn.mscale) / temperature(yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else temperature(1.0)
+        factor = yarn.temperature(yarn.mscale) / yarn.temperature(yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else yarn.temperature(1.0)
     return jnp.asarray(mixed, jnp.float32), factor
 
 
@@ -64,7 +66,7 @@ def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, 
     """Sines (signed for `rotate`) and cosines, [B, T, 1, d] float32 each, for positions [B, T] int32."""
     radians, factor = frequencies(rope, head_dim, positions.max(-1) + 1)
     angles = (positions[..., None].astype(jnp.float32) * radians.reshape(-1, 1, radians.shape[-1]))[:, :, None]
-    sin, cos = jnp.sin(angles) * factor, jnp.cos(angles) * factor
+    sin, cos = jnp.sin(angles) * (-factor if rope.reverse else factor), jnp.cos(angles) * factor
     if rope.interleaved:
         return jnp.stack([-sin, sin], -1).reshape(*sin.shape[:-1], -1), jnp.repeat(cos, 2, -1)
     return jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)

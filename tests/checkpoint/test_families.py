@@ -29,6 +29,8 @@ from llmjax.core.tree import size
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6,
              bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=2,
+              first_k_dense_replace=1, moe_intermediate_size=16, n_group=4, topk_group=2)
 CASES = {
     "llama": dict(SMALL, model_type="llama", hidden_act="silu", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=6),
     "mistral": dict(SMALL, model_type="mistral", sliding_window=6),
@@ -44,18 +46,38 @@ CASES = {
     "qwen3_moe": dict(SMALL, model_type="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=2),
     "phi": dict(model_type="phi", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, qk_layernorm=True,
                 max_position_embeddings=128, partial_rotary_factor=0.5, hidden_act="gelu_new"),
-    "phi3": dict(SMALL, model_type="phi3", hidden_size=64, partial_rotary_factor=0.75, sliding_window=6, original_max_position_embeddings=128),
+    "phi3": dict(SMALL, model_type="phi3", hidden_size=64, partial_rotary_factor=0.75, sliding_window=6, original_max_position_embeddings=32,
+                 rope_scaling={"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0]}),
     "olmo2": dict(SMALL, model_type="olmo2", attention_bias=True),
     "granite": dict(SMALL, model_type="granite", embedding_multiplier=12.0, logits_scaling=7.0, residual_multiplier=0.22, attention_multiplier=0.015625, mlp_bias=True),
     "smollm3": dict(SMALL, model_type="smollm3", num_hidden_layers=5, no_rope_layers=[1, 1, 0, 1, 0], no_rope_layer_interval=4),
     "starcoder2": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="starcoder2", norm_epsilon=1e-5, use_bias=True, sliding_window=6),
-    "stablelm": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="stablelm", use_qkv_bias=True, use_parallel_residual=True, partial_rotary_factor=0.25),
-    "cohere": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="cohere", logit_scale=0.25, use_qk_norm=False, rope_theta=8e6),
+    "stablelm": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="stablelm", use_qkv_bias=True, use_parallel_residual=True, qk_layernorm=True,
+                     partial_rotary_factor=0.25),
+    "cohere": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="cohere", logit_scale=0.25, use_qk_norm=True, rope_theta=8e6),
     "cohere2": dict({k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, model_type="cohere2", sliding_window=6, num_hidden_layers=9, sliding_window_pattern=4),
     "glm4": dict(SMALL, model_type="glm4", head_dim=8, partial_rotary_factor=0.5),
     "gpt_neox": dict(model_type="gpt_neox", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, rotary_pct=0.5,
                      rotary_emb_base=20000, use_parallel_residual=False, attention_bias=True, bos_token_id=0, eos_token_id=0),
     "gptj": dict(model_type="gptj", vocab_size=96, n_embd=32, n_head=4, n_layer=3, n_positions=64, rotary_dim=4, n_inner=None, activation_function="gelu_new"),
+    "ministral3": dict(SMALL, model_type="ministral3", head_dim=8, sliding_window=7, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.2,
+        "max_position_embeddings": 128}),
+    "deepseek_v2": dict(SMALL | LATENT, model_type="deepseek_v2", topk_method="group_limited_greedy", q_lora_rank=None, routed_scaling_factor=16.0, norm_topk_prob=False),
+    "deepseek_v3": dict(SMALL | LATENT, model_type="deepseek_v3", q_lora_rank=16, routed_scaling_factor=2.5, attention_bias=True, num_nextn_predict_layers=1, rope_scaling={
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}),
+    "gpt_oss": dict(SMALL, model_type="gpt_oss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, swiglu_limit=5.0, experts_per_token=2),
+    "granitemoe": dict(SMALL, model_type="granitemoe", num_local_experts=4, num_experts_per_tok=2, embedding_multiplier=12.0, logits_scaling=7.0, attention_multiplier=0.25),
+    "glm4_moe": dict(SMALL, model_type="glm4_moe", head_dim=8, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1,
+                     use_qk_norm=True, attention_bias=True, partial_rotary_factor=0.5),
+    "llama4": dict(SMALL, model_type="llama4_text", head_dim=8, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1, num_hidden_layers=8, attention_chunk_size=8,
+                   interleave_moe_layer_step=2, attn_temperature_tuning=4, attn_scale=0.2, floor_scale=16),
+    "dbrx": dict(model_type="dbrx", vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=128, attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=5e5, model_type=""),
+                 ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, ffn_act_fn={"name": "gelu"})),
+    "falcon": dict(model_type="falcon", vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "bloom": dict(model_type="bloom", vocab_size=96, n_embed=32, n_layer=3, n_head=4, seq_length=128, offset_alibi=100, attention_softmax_in_fp32=True),
+    "mpt": dict(model_type="mpt", vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=128, no_bias=True, attn_config=dict(alibi=True, alibi_bias_max=16, clip_qkv=6)),
+    "nanochat": dict(SMALL, model_type="nanochat", hidden_act="relu2"),
     "gpt2": dict(model_type="gpt2", vocab_size=96, n_embd=24, n_head=3, n_layer=4, n_positions=64, n_inner=40, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=True,
                  summary_type="cls_index", resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
 }
@@ -84,7 +106,7 @@ def test_config_both_ways(name):
     assert config.family == name
     hf = to_hf(config, "float32")
     assert to_model_config(json.loads(json.dumps(hf))) == config
-    new = ("rope_parameters", "dtype", "layer_types") if name not in ("cohere2", "smollm3") else ("rope_parameters", "dtype")
+    new = ("rope_parameters", "dtype", "layer_types") if name not in ("cohere2", "smollm3", "gpt_oss", "llama4") else ("rope_parameters", "dtype")
     old = {k: v for k, v in hf.items() if k not in new}          # what transformers 4 would have written
     if name == "gemma3":
         assert old["rope_scaling"] == {"rope_type": "linear", "factor": 8.0} and old["rope_local_base_freq"] == 2e4
@@ -95,7 +117,7 @@ def test_config_both_ways(name):
 @pytest.mark.parametrize("name", CASES)
 def test_weights_both_ways_bit_for_bit(name):
     config = to_model_config(CASES[name])
-    table = FAMILIES[name].table
+    table = FAMILIES[name].rows(config)
     like = models.abstract_params(models.Decoder(config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), like)
@@ -164,7 +186,7 @@ def test_ids():
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "wobble": 3}}, "wobble='3'"),
     ({"attention_chunk_size": 8}, "attention_chunk_size='8' is a field this version does not know"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantised"),
-    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: cohere"),
+    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: bloom"),
     ({"num_attention_heads": 3}, "heads=3 is not a multiple of kv_heads=2"),
     ({"num_hidden_layers": "three"}, "num_hidden_layers='three': a whole number"),
     ({"hidden_size": None}, "hidden_size is null"),

@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.kernels.attention import IMPLEMENTATIONS, blockwise, choose, cudnn, reference, sharded, splash
 
-BASE = dict(B=2, T=48, S=48, N=4, K=4, H=16, Hv=16, causal=True, in_order=True, window=None, softcap=None, sinks=False, segments=None)
+BASE = dict(B=2, T=48, S=48, N=4, K=4, H=16, Hv=16, causal=True, in_order=True, window=None, softcap=None, sinks=False, slopes=False, segments=None)
 CASES = {
     "causal": {},
     "bidirectional": dict(causal=False),
@@ -23,6 +23,10 @@ CASES = {
     "window bidirectional": dict(window=7, causal=False),
     "softcap": dict(softcap=1.5),
     "sinks": dict(sinks=True, K=2),
+    "slopes": dict(slopes=True, K=2),
+    "slopes bidirectional packed window": dict(slopes=True, causal=False, segments="packed", window=9, sinks=True),
+    "cache slopes": dict(T=5, S=40, in_order=False, segments="cache", slopes=True),
+    "one query slopes": dict(T=1, S=40, in_order=False, segments="cache", slopes=True, K=2),
     "everything": dict(K=2, window=9, softcap=2.0, sinks=True, segments="packed"),
     "packed": dict(segments="packed"),
     "packed bidirectional": dict(segments="packed", causal=False),
@@ -67,6 +71,8 @@ def case(name, dtype=jnp.float32, strength=1.0, **more):
         where = dict(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments)
     where = {name: jnp.asarray(x, jnp.int32) for name, x in where.items()}
     settings = dict(causal=c["causal"], in_order=c["in_order"], window=c["window"], softcap=c["softcap"], scale=c["H"] ** -0.5, **where)
+    if c["slopes"]:
+        settings["slopes"] = 0.5 ** jnp.arange(1.0, c["N"] + 1)
     return (q.astype(dtype), k.astype(dtype), v.astype(dtype), sinks), settings
 
 

@@ -6,19 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.checkpoint.families import (
+    bloom,
     cohere,
     cohere2,
+    dbrx,
+    deepseek_v2,
+    deepseek_v3,
+    falcon,
     gemma,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_neox,
+    gpt_oss,
     gptj,
     granite,
+    granitemoe,
     llama,
+    llama4,
+    ministral3,
     mistral,
     mixtral,
+    mpt,
+    nanochat,
     olmo2,
     phi,
     phi3,
@@ -33,10 +45,11 @@ from llmjax.checkpoint.families import (
 from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
-from llmjax.core.model_config import Attention, ModelConfig
+from llmjax.core.model_config import ModelConfig
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
-    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4)}
+    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
+    ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
@@ -78,7 +91,7 @@ def to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     """
     family = get(config.family)
     for i, layer in enumerate(config.layers):
-        if not isinstance(layer.mixer, Attention) or not isinstance(layer.ffn, family.ffn):
+        if not isinstance(layer.mixer, family.mixer) or not isinstance(layer.ffn, family.ffn):
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: {type(layer.mixer).__name__} with {type(layer.ffn).__name__}; set family to one that can")
         if family.rotary is not None and (layer.mixer.rope is not None) != family.rotary:
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: rope={layer.mixer.rope}; set family to one that can")

@@ -9,7 +9,7 @@ from typing import Any
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Layer, Mlp, ModelConfig, Norm, find_cycle, unrolled
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, find_cycle, unrolled
 
 
 @dc.dataclass(frozen=True)
@@ -18,16 +18,21 @@ class Family:
 
     name: what ModelConfig.family says. model_types: what config.json's model_type may say (the first is written). architecture: the class written.
     read: Fields of config.json -> ModelConfig. write: ModelConfig -> config.json's fields (numbers that this family cannot say are found by reading it back).
-    ffn: the kind, or kinds, of feed-forward its layers have. rotary: whether they rotate (None: some may).
+    table: the rows, or what makes them of a ModelConfig. mixer, ffn: the kind, or kinds, of mixer and feed-forward its layers have. rotary: whether they rotate (None: some may).
     """
     name: str
     model_types: tuple[str, ...]
     architecture: str
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
-    table: Table
+    table: Table | Callable[[ModelConfig], Table]
     ffn: type | tuple[type, ...] = Mlp
     rotary: bool | None = True
+    mixer: type = Attention
+
+    def rows(self, config: ModelConfig) -> Table:
+        """The table of a model of this family."""
+        return self.table if isinstance(self.table, Table) else self.table(config)
 
 
 L = "model.layers.{l}."
@@ -53,6 +58,12 @@ SANDWICH = (Row(L + "input_layernorm.weight", "norm_mixer/scale"), Row(L + "post
             Row(L + "pre_feedforward_layernorm.weight", "norm_ffn/scale"), Row(L + "post_feedforward_layernorm.weight", "norm_ffn_out/scale"))
 
 
+def plain_mlp(lead: str, up: str = "dense_h_to_4h", down: str = "dense_4h_to_h") -> tuple[Row, ...]:
+    """An MLP without a gate, its biases with it, under lead + "mlp."."""
+    return tuple(row for theirs, ours in ((up, "up"), (down, "down"))
+                 for row in (Row(f"{lead}mlp.{theirs}.weight", f"ffn/{ours}", "o i -> i o"), Row(f"{lead}mlp.{theirs}.bias", f"ffn/{ours}_bias")))
+
+
 def with_biases(*rows: Row) -> tuple[Row, ...]:
     """Norms with their biases: each row "….weight" of a scale, and the row of its bias."""
     return tuple(x for row in rows for x in (row, Row(row.name.removesuffix("weight") + "bias", str(row.path).removesuffix("scale") + "bias")))
@@ -74,6 +85,15 @@ def model(f: Fields, family: str, layers: Sequence[Layer], *, dim: int, norm: No
     start, pad = f.ids("bos_token_id"), f.ids("pad_token_id")
     return ModelConfig(f.count("vocab_size"), dim, **find_cycle(tuple(layers)), norm=norm, tied=f.flag("tie_word_embeddings", tied), context=context,
                        bos_token=start[0] if start else None, end_tokens=f.ids("eos_token_id"), pad_token=pad[0] if pad else None, family=family, **more)
+
+
+def text_part(f: Fields) -> Fields | None:
+    """The fields of the text model in a config.json that also speaks of pictures or sound (what stands beside `text_config` is passed over), or None."""
+    if "text_config" not in f.values:
+        return None
+    outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
+    f.ignore(*f.values)
+    return Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
 
 
 def head_dim(f: Fields, dim: int, heads: int) -> int:

@@ -12,10 +12,8 @@ from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, Q
 
 
 def read(f: Fields) -> ModelConfig:
-    if "text_config" in f.values:
-        outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
-        text = Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
-        f.ignore(*f.values)                     # what stands beside text_config is about pictures
+    text = base.text_part(f)
+    if text:
         config = read(text)
         text.finish()
         return config

@@ -13,8 +13,7 @@ TABLE = Table((
                       Row(H + "post_attention_layernorm.weight", "norm_ffn/scale")),
     Row(H + "attention.query_key_value.weight", QKV, "(n [h]) d -> d n h"), Row(H + "attention.query_key_value.bias", tuple(x + "_bias" for x in QKV), "(n [h]) -> n h"),
     Row(H + "attention.dense.weight", "mixer/o", "d (n h) -> n h d"), Row(H + "attention.dense.bias", "mixer/o_bias"),
-    *(row for theirs, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down"))
-      for row in (Row(f"{H}mlp.{theirs}.weight", f"ffn/{ours}", "o i -> i o"), Row(f"{H}mlp.{theirs}.bias", f"ffn/{ours}_bias"))),
+    *base.plain_mlp(H),
 ), base="gpt_neox.", extras=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",), copies=(("embed_out.weight", "gpt_neox.embed_in.weight"),))
 
 

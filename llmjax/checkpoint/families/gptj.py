@@ -10,8 +10,7 @@ TABLE = Table((
     Row("transformer.wte.weight", "embed/table"), Row("lm_head.weight", "head/kernel", "v d -> d v"), Row("lm_head.bias", "head/bias"),
     *base.with_biases(Row("transformer.ln_f.weight", "final_norm/scale"), Row(H + "ln_1.weight", "norm_mixer/scale")),
     *(Row(f"{H}attn.{name}_proj.weight", f"mixer/{name}", "(n h) d -> d n h") for name in "qkv"), Row(H + "attn.out_proj.weight", "mixer/o", "d (n h) -> n h d"),
-    *(row for theirs, ours in (("fc_in", "up"), ("fc_out", "down"))
-      for row in (Row(f"{H}mlp.{theirs}.weight", f"ffn/{ours}", "o i -> i o"), Row(f"{H}mlp.{theirs}.bias", f"ffn/{ours}_bias"))),
+    *base.plain_mlp(H, "fc_in", "fc_out"),
 ), base="transformer.", extras=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)",), copies=(("lm_head.weight", "transformer.wte.weight"),))
 
 

@@ -9,8 +9,7 @@ TABLE = Table((
     base.TOP[0], base.TOP[2], Row("lm_head.bias", "head/bias"), *base.with_biases(Row("model.final_layernorm.weight", "final_norm/scale"), base.PRE[0]),
     *base.ATTENTION[:3], *base.ATTENTION[4:7], Row(L + "self_attn.dense.weight", "mixer/o", "d (n h) -> n h d"), Row(L + "self_attn.dense.bias", "mixer/o_bias"),
     *base.with_biases(Row(L + "self_attn.q_layernorm.weight", "mixer/q_norm/scale"), Row(L + "self_attn.k_layernorm.weight", "mixer/k_norm/scale")),
-    *(row for theirs, ours in (("fc1", "up"), ("fc2", "down"))
-      for row in (Row(f"{L}mlp.{theirs}.weight", f"ffn/{ours}", "o i -> i o"), Row(f"{L}mlp.{theirs}.bias", f"ffn/{ours}_bias"))),
+    *base.plain_mlp(L, "fc1", "fc2"),
 ), base="model.", extras=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), copies=(("lm_head.weight", "model.embed_tokens.weight"),))
 
 

@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4: Llama with queries, keys and values in one tensor, gate and up in another, and (Phi-4-mini) a part of each head rotated."""
+"""Phi-3, 3.5 and 4: Llama with queries, keys and values in one tensor, gate and up in another, and (Phi-4-mini) a part of each head rotated; long contexts by LongRoPE."""
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.checkpoint.table import Row
@@ -17,7 +17,8 @@ def read(f: Fields) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict:
     mixer = base.first(config).mixer
-    return {**base.common(config), **both_ropes(mixer.rope, partial=True), "sliding_window": mixer.window, "original_max_position_embeddings": config.context}
+    original = mixer.rope.scaling.context if mixer.rope.scaling else config.context
+    return {**base.common(config), **both_ropes(mixer.rope, partial=True), "sliding_window": mixer.window, "original_max_position_embeddings": original}
 
 
 FAMILY = base.Family("phi3", ("phi3",), "Phi3ForCausalLM", read, write, base.table(

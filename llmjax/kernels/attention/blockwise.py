@@ -14,39 +14,38 @@ import jax.numpy as jnp
 
 from llmjax.core.contract import accumulate
 from llmjax.kernels.attention import long, short
-from llmjax.kernels.attention.mask import check, visible, whereabouts
+from llmjax.kernels.attention.mask import check, whereabouts
 from llmjax.kernels.attention.scores import Sum, exponentials
 
 TILE = 512
 
 
 def blockwise(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
-              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, tile: int = TILE) -> jax.Array:
-    """The sum of `reference`, same arguments, same zeros for a query that sees nothing; gradients for q, k, v and sinks in reverse mode.
+              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None, tile: int = TILE) -> jax.Array:
+    """The sum of `reference`, same arguments, same zeros for a query that sees nothing; gradients for q, k, v and sinks (not slopes) in reverse mode.
 
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] -> [B, T, N, Hv] in `q.dtype`. Scores, softmax and sums are float32; probabilities enter their products in `q.dtype`.
     `tile` is the side of a tile of scores, and the length up to which probabilities are kept. Raises ValueError (mask.check).
     """
-    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks)
+    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks, slopes)
     where = whereabouts(q, k, query_positions, key_positions, query_segments, key_segments)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     total = Sum(pattern, softcap, scale)
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(K, N // K)
+    sinks, slopes = (None if x is None else x.astype(jnp.float32).reshape(K, N // K) for x in (sinks, slopes))
     if T == 1:
-        out = _direct(total, q, k, v, sinks, where)
+        out = _direct(total, q, k, v, sinks, slopes, where)
     elif tile * tile >= T * S:
-        out = short.attend(total, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, where)
+        out = short.attend(total, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, slopes, where)
     else:
-        out = long.attend(total, tile, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, where)
+        out = long.attend(total, tile, q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, slopes, where)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
 
 
-def _direct(total, q, k, v, sinks, where):
+def _direct(total, q, k, v, sinks, slopes, where):
     """One query: everything it sees at once, by autodiff. q [B, K, G, 1, H], k [B, S, K, H] as it lies in the cache, v [B, S, K, Hv] -> [B, K, G, 1, Hv]."""
-    see = visible(*where, causal=total.pattern.causal, window=total.pattern.window)
     scores = total.cap(accumulate("bkgth,bskh->bkgts", q, k) * total.scale)
-    weights, denominator, _ = exponentials(jnp.where(see[:, None, None], scores, -jnp.inf), sinks)
+    weights, denominator, _ = exponentials(total.seen(scores, slopes, where), sinks)
     return (accumulate("bkgts,bskh->bkgth", weights.astype(q.dtype), v) / denominator).astype(q.dtype)

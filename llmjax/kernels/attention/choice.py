@@ -15,7 +15,7 @@ from llmjax.kernels.attention.reference import reference
 IMPLEMENTATIONS: dict[str, Callable] = dict(reference=reference, blockwise=blockwise, cudnn=_cudnn.cudnn, splash=_splash.splash)
 
 
-def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, window: int | None, softcap: float | None, sinks, segments: bool) -> tuple[str, str]:
+def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, window: int | None, softcap: float | None, sinks, slopes=None, segments: bool) -> tuple[str, str]:
     """-> (implementation, reason) for `name`, "auto" or one of IMPLEMENTATIONS, from shapes and settings alone; never one whose memory grows with T S, unless it was asked for
     by name.
 
@@ -23,7 +23,7 @@ def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, wind
     another platform and for a call that the named one cannot do, with the reason.
     """
     wants = dict(cudnn="gpu", splash="tpu")
-    refusals = dict(cudnn=_cudnn.refusal(q, v, softcap, sinks), splash=_splash.refusal(q, in_order))
+    refusals = dict(cudnn=_cudnn.refusal(q, v, softcap, sinks, slopes), splash=_splash.refusal(q, in_order, slopes))
     if name != "auto":
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"attention={name!r}; allowed are auto, {', '.join(IMPLEMENTATIONS)}")
@@ -48,12 +48,12 @@ def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Seque
     `batch` and `heads` name the mesh axes over which the batch and the heads are split; axes that the mesh lacks or that are manual already are left out. Where there are
     fewer kv heads than head shards, each is repeated to fill them. No mesh, or one device: `implementation` itself. Raises ValueError where batch, N or K does not divide.
     """
-    def call(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, **settings):
+    def call(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, slopes=None, **settings):
         mesh = jax.sharding.get_abstract_mesh()
         free = [] if mesh.empty else [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
         where = dict(query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments)
         if math.prod(mesh.shape[axis] for axis in free) == 1:
-            return implementation(q, k, v, **where, sinks=sinks, **settings)
+            return implementation(q, k, v, **where, sinks=sinks, slopes=slopes, **settings)
         rows, cols = (tuple(axis for axis in axes if axis in free) for axes in (batch, heads))
         parts = math.prod(mesh.shape[axis] for axis in cols)
         K = k.shape[2]
@@ -67,8 +67,8 @@ def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Seque
         specs = {name: spread(rows if x.shape[0] > 1 else None, None) for name, x in part.items()}
         four = spread(rows, None, cols, None)
 
-        def local(q, k, v, sinks, part):
-            return implementation(q, k, v, sinks=sinks, **part, **settings)
-        run = jax.shard_map(local, in_specs=(four, four, four, spread(cols), specs), out_specs=four, axis_names=set(free), check_vma=False)
-        return run(q, k, v, sinks, part)
+        def local(q, k, v, sinks, slopes, part):
+            return implementation(q, k, v, sinks=sinks, slopes=slopes, **part, **settings)
+        run = jax.shard_map(local, in_specs=(four, four, four, spread(cols), spread(cols), specs), out_specs=four, axis_names=set(free), check_vma=False)
+        return run(q, k, v, sinks, slopes, part)
     return call

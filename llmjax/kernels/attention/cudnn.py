@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from llmjax.kernels.attention.mask import check, visible, whereabouts
 
 
-def refusal(q, v, softcap, sinks) -> str | None:
+def refusal(q, v, softcap, sinks, slopes=None) -> str | None:
     """Why cuDNN cannot do this call, or None where it can."""
     H = q.shape[-1]
     if softcap is not None:
         return f"cuDNN attention has no soft-cap (softcap={softcap}); use blockwise"
     if sinks is not None:
         return "cuDNN attention has no sinks; use blockwise"
+    if slopes is not None:
+        return "cuDNN attention has no slopes (ALiBi); use blockwise"
     if v.shape[-1] != H:
         return f"cuDNN attention wants equal head sizes; keys have {H}, values {v.shape[-1]}; use blockwise"
     if H % 8 or H > 256:
@@ -41,14 +43,14 @@ def arguments(q, k, v, *, query_positions=None, key_positions=None, query_segmen
 
 
 def cudnn(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
-          causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, implementation: str = "cudnn") -> jax.Array:
+          causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None, implementation: str = "cudnn") -> jax.Array:
     """The sum of `reference`: q [B, T, N, H], k [B, S, K, H], v [B, S, K, H] -> [B, T, N, H] in `q.dtype`; a query that sees nothing gives zeros.
 
     Raises ValueError for what cuDNN cannot do (`refusal`: soft-cap, sinks, unequal or odd head sizes, float32) and for wrong arguments (mask.check). `implementation` is
     jax.nn's; "xla" stands in for tests on a machine without a GPU.
     """
-    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks)
-    reason = refusal(q, v, softcap, sinks) if implementation == "cudnn" else None
+    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks, slopes)
+    reason = refusal(q, v, softcap, sinks, slopes) if implementation == "cudnn" else None
     if reason:
         raise ValueError(reason)
     how = arguments(q, k, v, query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments, pattern=pattern)

@@ -16,8 +16,8 @@ from llmjax.core.contract import accumulate
 from llmjax.kernels.attention.scores import gather, gather_turned, spread
 
 
-def attend(total, tile, q, k, v, sinks, where):
-    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`.
+def attend(total, tile, q, k, v, sinks, slopes, where):
+    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks, slopes [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`.
 
     Lengths need not divide by the tile: they are filled with padding.
     """
@@ -29,15 +29,15 @@ def attend(total, tile, q, k, v, sinks, where):
         query_segments, key_segments = jnp.ones_like(query_positions), jnp.ones_like(key_positions)
     fill = lambda x, axis, count: x if x is None or not count else jnp.pad(x, [(0, count if a == axis else 0) for a in range(x.ndim)])
     where = fill(query_positions, 1, over), fill(key_positions, 1, past), fill(query_segments, 1, over), fill(key_segments, 1, past)
-    return _tiles(total, (rows, cols), fill(q, 3, over), fill(k, 2, past), fill(v, 2, past), sinks, where)[:, :, :, :T]
+    return _tiles(total, (rows, cols), fill(q, 3, over), fill(k, 2, past), fill(v, 2, past), sinks, slopes, where)[:, :, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiles(total, sides, q, k, v, sinks, where):
-    return _forward(total, sides, q, k, v, sinks, where)[0]
+def _tiles(total, sides, q, k, v, sinks, slopes, where):
+    return _forward(total, sides, q, k, v, sinks, slopes, where)[0]
 
 
-def _forward(total, sides, q, k, v, sinks, where):
+def _forward(total, sides, q, k, v, sinks, slopes, where):
     """-> out [B, K, G, T, Hv], log-sum-exp float32 [B, K, G, T, 1] (+inf where nothing is seen)."""
     rows, cols = sides
     T, S = q.shape[3], k.shape[2]
@@ -47,7 +47,7 @@ def _forward(total, sides, q, k, v, sinks, where):
 
         def step(j, carry):
             top, norm, acc = carry
-            s = total.scores(qi, cut(k, j * cols, cols, 2), _take(where, sides, i, j))
+            s = total.scores(qi, cut(k, j * cols, cols, 2), slopes, _take(where, sides, i, j))
             new = jnp.maximum(top, s.max(-1, keepdims=True))
             safe = jnp.where(jnp.isneginf(new), 0.0, new)  # nothing seen yet: exp(-inf - 0) = 0, never exp(-inf + inf)
             p, shrink = jnp.exp(s - safe), jnp.exp(top - safe)
@@ -65,13 +65,13 @@ def _forward(total, sides, q, k, v, sinks, where):
     return join(out), join(lse)
 
 
-def _keep(total, sides, q, k, v, sinks, where):
-    out, lse = _forward(total, sides, q, k, v, sinks, where)
-    return out, (q, k, v, sinks, where, out, lse)
+def _keep(total, sides, q, k, v, sinks, slopes, where):
+    out, lse = _forward(total, sides, q, k, v, sinks, slopes, where)
+    return out, (q, k, v, sinks, slopes, where, out, lse)
 
 
 def _backward(total, sides, kept, g):
-    q, k, v, sinks, where, out, lse = kept
+    q, k, v, sinks, slopes, where, out, lse = kept
     rows, cols = sides
     T, S = q.shape[3], k.shape[2]
     delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)  # [B, K, G, T, 1]
@@ -83,7 +83,7 @@ def _backward(total, sides, kept, g):
         def step(i, carry):
             dq, dkT, dvT = carry
             qi, gi = cut(q, i * rows, rows, 3), cut(g, i * rows, rows, 3)
-            s = total.scores(qi, kj, _take(where, sides, i, j))
+            s = total.scores(qi, kj, slopes, _take(where, sides, i, j))
             p = jnp.exp(s - cut(lse, i * rows, rows, 3))
             ds = p * (spread(accumulate("bkph,bkhs->bkps", gather(gi), vjT), p) - cut(delta, i * rows, rows, 3)) * total.scale
             if total.softcap is not None:
@@ -101,7 +101,7 @@ def _backward(total, sides, kept, g):
     dq, (dk, dv) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(S // cols))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], S, x.shape[-1])
     dsinks = None if sinks is None else -(jnp.exp(sinks[None, :, :, None, None] - lse) * delta).sum((0, 3, 4))
-    return dq.astype(q.dtype), join(dk), join(dv), dsinks, None
+    return dq.astype(q.dtype), join(dk), join(dv), dsinks, None, None
 
 
 _tiles.defvjp(_keep, _backward)

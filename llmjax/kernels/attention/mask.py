@@ -54,7 +54,7 @@ def whereabouts(q, k, query_positions, key_positions, query_segments, key_segmen
     return query_positions, key_positions, query_segments, key_segments
 
 
-def check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks) -> Pattern:
+def check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks, slopes=None) -> Pattern:
     """Raises ValueError, naming the argument, its value and what is allowed, for what no implementation can mean; -> the static pattern."""
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; they must be [B, T, N, H], [B, S, K, H], [B, S, K, Hv]")
@@ -73,6 +73,8 @@ def check(q, k, v, query_positions, key_positions, query_segments, key_segments,
         raise ValueError(f"attention: softcap={softcap}; it must be positive, or None for no cap")
     if sinks is not None and sinks.shape != (N,):
         raise ValueError(f"attention: sinks have shape {sinks.shape}; one number per query head is needed, [{N}]")
+    if slopes is not None and (slopes.shape != (N,) or softcap is not None):
+        raise ValueError(f"attention: slopes have shape {slopes.shape} and softcap={softcap}; one slope per query head is needed, [{N}], and no soft-cap beside them")
     if in_order and S != T:
         raise ValueError(f"attention: in_order=True with {T} queries and {S} keys; it promises that both are the same tokens, so T must equal S")
     return Pattern(causal, window, in_order)

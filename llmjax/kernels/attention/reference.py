@@ -9,21 +9,26 @@ from llmjax.kernels.attention.mask import check, visible, whereabouts
 
 
 def reference(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
-              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None) -> jax.Array:
-    """softmax(cap(scale q·k)) v over the visible keys (arXiv:1706.03762 eq. 1; soft-cap arXiv:2408.00118 section 2; sinks: one more logit per head in the denominator, gpt-oss).
+              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None) -> jax.Array:
+    """softmax(cap(scale q·k)) v over the visible keys (arXiv:1706.03762 eq. 1; soft-cap arXiv:2408.00118 section 2; sinks: one more logit per head in the denominator, gpt-oss;
+    slopes [N]: scores fall by slope × distance, ALiBi, arXiv:2108.12409).
 
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] -> [B, T, N, Hv] in `q.dtype`; query head n reads kv head n // (N // K). Everything in between is float32.
     Positions and segments [B, T] / [B, S] int32; None is a range, one document; segment 0 is padding. A query that sees nothing gives zeros. O(T S) memory. Raises ValueError
     (mask.check).
     """
-    check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks)
+    check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks, slopes)
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32), precision="highest") * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    see = visible(*whereabouts(q, k, query_positions, key_positions, query_segments, key_segments), causal=causal, window=window)[:, None, None]
+    where = whereabouts(q, k, query_positions, key_positions, query_segments, key_segments)
+    if slopes is not None:
+        distance = jnp.abs(where[0][:, :, None] - where[1][:, None, :]).astype(jnp.float32)[:, None, None]
+        scores = scores - slopes.astype(jnp.float32).reshape(1, K, N // K, 1, 1) * distance
+    see = visible(*where, causal=causal, window=window)[:, None, None]
     scores = jnp.where(see, scores, -1e30)
     if sinks is not None:
         column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (*scores.shape[:-1], 1))

@@ -22,10 +22,18 @@ class Sum:
         """d cap(s) / d s, from cap(s)."""
         return 1.0 if self.softcap is None else 1.0 - jnp.square(capped / self.softcap)
 
-    def scores(self, q, k, where):
-        """q [B, K, G, t, H], k [B, K, s, H], where: positions and segments of these t queries and s keys -> float32 [B, K, G, t, s], -inf where a query does not see a key."""
+    def scores(self, q, k, slopes, where):
+        """q [B, K, G, t, H], k [B, K, s, H], slopes [K, G] or None, where: positions and segments of these t queries and s keys -> float32 [B, K, G, t, s], -inf where a query
+        does not see a key."""
+        return self.seen(self.cap(self.products(q, k)), slopes, where)
+
+    def seen(self, scores, slopes, where):
+        """scores [B, K, G, t, s] less slope × distance, -inf where a query does not see a key."""
         see = visible(*where, causal=self.pattern.causal, window=self.pattern.window)
-        return jnp.where(see[:, None, None], self.cap(self.products(q, k)), -jnp.inf)
+        if slopes is not None:
+            distance = jnp.abs(where[0][:, :, None] - where[1][:, None, :]).astype(jnp.float32)
+            scores = scores - slopes[None, :, :, None, None] * distance[:, None, None]
+        return jnp.where(see[:, None, None], scores, -jnp.inf)
 
     def products(self, q, k):
         """-> scale q·k, float32 [B, K, G, t, s]; the queries of a kv head are one long axis, so that keys are never repeated."""

@@ -17,9 +17,9 @@ BLOCK = 64  # queries a block: small ones skip more of what lies above the diago
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(total, q, k, v, sinks, where):
-    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`."""
-    return _forward(total, q, k, v, sinks, where)[0]
+def attend(total, q, k, v, sinks, slopes, where):
+    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, Hv], sinks, slopes [K, G] float32 or None -> [B, K, G, T, Hv] in `q.dtype`."""
+    return _forward(total, q, k, v, sinks, slopes, where)[0]
 
 
 def _blocks(total, length, keys):
@@ -30,11 +30,11 @@ def _blocks(total, length, keys):
         yield slice(first, stop), slice(*total.pattern.reach(first, stop - 1, keys))
 
 
-def _forward(total, q, k, v, sinks, where):
+def _forward(total, q, k, v, sinks, slopes, where):
     outs, probs, rests = [], [], []
     for rows, cols in _blocks(total, q.shape[3], k.shape[2]):
         block = q[:, :, :, rows]
-        weights, denominator, top = exponentials(total.scores(block, k[:, :, cols], take(where, rows, cols)), sinks)
+        weights, denominator, top = exponentials(total.scores(block, k[:, :, cols], slopes, take(where, rows, cols)), sinks)
         p = (weights / denominator).astype(q.dtype)
         outs.append(spread(accumulate("bkps,bksh->bkph", gather(p), v[:, :, cols]), block).astype(q.dtype))
         probs.append(p)
@@ -42,8 +42,8 @@ def _forward(total, q, k, v, sinks, where):
     return jnp.concatenate(outs, 3), probs, None if sinks is None else jnp.concatenate(rests, 3)
 
 
-def _keep(total, q, k, v, sinks, where):
-    out, probs, rest = _forward(total, q, k, v, sinks, where)
+def _keep(total, q, k, v, sinks, slopes, where):
+    out, probs, rest = _forward(total, q, k, v, sinks, slopes, where)
     return out, (q, k, v, where, out, probs, rest)
 
 
@@ -63,7 +63,7 @@ def _backward(total, kept, g):
         dkT = dkT.at[..., cols].add(accumulate("bkhp,bkps->bkhs", gather_turned(qT[..., rows]), ds))
         dvT = dvT.at[..., cols].add(accumulate("bkhp,bkps->bkhs", gather_turned(gT[..., rows]), gather(p)))
     dsinks = None if rest is None else -(rest * delta).sum((0, 3, 4))
-    return jnp.concatenate(dq, 3), dkT.swapaxes(-1, -2).astype(k.dtype), dvT.swapaxes(-1, -2).astype(v.dtype), dsinks, None
+    return jnp.concatenate(dq, 3), dkT.swapaxes(-1, -2).astype(k.dtype), dvT.swapaxes(-1, -2).astype(v.dtype), dsinks, None, None
 
 
 attend.defvjp(_keep, _backward)

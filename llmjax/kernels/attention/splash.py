@@ -14,24 +14,26 @@ from llmjax.kernels.attention.mask import check
 LANES = 128
 
 
-def refusal(q, in_order) -> str | None:
+def refusal(q, in_order, slopes=None) -> str | None:
     """Why splash cannot do this call, or None where it can."""
     if not in_order:
         return "splash attention fixes its mask at trace time: in_order=True (the same tokens as queries and keys) is needed; use blockwise with a cache"
+    if slopes is not None:
+        return "splash attention has no slopes (ALiBi); use blockwise"
     if q.shape[1] % LANES:
         return f"splash attention wants a length that is a multiple of {LANES}, not {q.shape[1]}; pad the context or use blockwise"
     return None
 
 
 def splash(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
-           causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None) -> jax.Array:
+           causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None) -> jax.Array:
     """The sum of `reference` over tokens in order: q [B, T, N, H], k [B, T, K, H], v [B, T, K, Hv] -> [B, T, N, Hv] in `q.dtype`; padding (segment 0) gives zeros.
 
     Positions are not read: order says the same. Raises ValueError where `refusal` says so (a cache, a length that is no multiple of 128), inside a program that the compiler
     partitions, and for wrong arguments (mask.check).
     """
-    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks)
-    reason = refusal(q, in_order)
+    pattern = check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks, slopes)
+    reason = refusal(q, in_order, slopes)
     if reason:
         raise ValueError(reason)
     if partitioned():
