@@ -63,7 +63,7 @@ CASES = {
     "falcon": ("Falcon", dict(vocab_size=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, alibi=True, parallel_attn=False, multi_query=False, bias=True,
                               initializer_range=0.2)),
     "bloom": ("Bloom", dict(vocab_size=96, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)),
-    "mpt": ("Mpt", dict(vocab_size=96, d_model=48, n_heads=6, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(clip_qkv=1))),
+    "mpt": ("Mpt", dict(vocab_size=96, d_model=48, n_heads=6, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(clip_qkv=0.5))),
     "nanochat": ("NanoChat", BASE),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
 }

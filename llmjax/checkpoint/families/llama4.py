@@ -12,7 +12,8 @@ from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, Temperature
 
 M = base.L + "feed_forward."
-EXPERTS = (Row(M + "router.weight", "ffn/router", "e d -> d e"), Row(M + "experts.gate_up_proj", ("ffn/gate", "ffn/up"), "e d [f] -> e d f"), Row(M + "experts.down_proj", "ffn/down", "e f d -> e f d"),
+EXPERTS = (Row(M + "router.weight", "ffn/router", "e d -> d e"), Row(M + "experts.gate_up_proj", ("ffn/gate", "ffn/up"), "e d [f] -> e d f"),
+           Row(M + "experts.down_proj", "ffn/down", "e f d -> e f d"),
            *(Row(f"{M}shared_expert.{name}_proj.weight", f"ffn/shared/{name}", "o i -> i o") for name in ("gate", "up", "down")))
 DENSE = tuple(Row(f"{M}{name}_proj.weight", f"ffn/{name}", "o i -> i o") for name in ("gate", "up", "down"))
 
