@@ -15,6 +15,7 @@ from tqdm import tqdm
 from llmjax import models, tokenizers
 from llmjax.checkpoint import fetch, folder, safetensors_file, table
 from llmjax.checkpoint.families import get as family_of
+from llmjax.checkpoint.families import table_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.mesh import RULES, Layout, Rules, shardings
 from llmjax.core.model_config import ModelConfig
@@ -51,7 +52,7 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType | None = None, mesh: jax.sharding.Mesh | None = None,
-         rules: Rules = RULES) -> tuple[models.Decoder, dict[str, Any], tokenizers.Tokenizer | None]:
+         rules: Rules = RULES) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
     """(model, params, tokenizer) of a checkpoint.
 
     path: a folder in Hugging Face layout, a `.gguf` file, the folder of a run, "hf:org/name[@revision]", or "smollm2".
@@ -62,7 +63,7 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
     place = locate(path)
     compute = Compute(dtype=dtype, param_dtype=param_dtype or dtype)
     config, source, rows = open_checkpoint(place)
-    model = models.Decoder(config, compute, Layout(rules=rules))
+    model = models.build(config, compute, Layout(rules=rules))
     like = models.abstract_params(model)
     if mesh is not None:
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings(models.labels(model), like, mesh, rules))
@@ -107,7 +108,7 @@ def check_vocabulary(tokenizer: tokenizers.Tokenizer, config: ModelConfig, place
     warnings.warn(f"{place}: the special tokens {', '.join(sorted(beyond)[:4])} lie beyond the model's vocabulary of {config.vocab_size}; do not use them", stacklevel=3)
 
 
-def save(path: str | pathlib.Path, model: models.Decoder, params: dict[str, Any], tokenizer: tokenizers.Tokenizer | None = None,
+def save(path: str | pathlib.Path, model: Any, params: dict[str, Any], tokenizer: tokenizers.Tokenizer | None = None,
          shard_bytes: int = safetensors_file.SHARD_BYTES) -> None:
     """Writes a folder in Hugging Face layout, which transformers reads: config.json, generation_config.json, safetensors (several files over `shard_bytes`), the tokenizer's files.
 
@@ -118,7 +119,7 @@ def save(path: str | pathlib.Path, model: models.Decoder, params: dict[str, Any]
     target, config = pathlib.Path(path).expanduser(), model.config
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, target)
-    rows = family_of(config.family).table
+    rows = table_of(config)
     wanted = {cell.name: cell.shape for cell in table.cells(rows, flatten(models.abstract_params(model)))}
     given = {cell.name: cell.shape for cell in table.cells(rows, flatten(params))}
     for name in sorted({**wanted, **given}):

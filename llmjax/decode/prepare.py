@@ -54,7 +54,7 @@ def joined(labels: dict, params: dict) -> dict:
     """The tree with the weights of every JOINED group in a module side by side, where all of them are plain matrices."""
     new = {name: joined(labels[name], w) if isinstance(w, dict) else w for name, w in params.items()}
     for names in JOINED:
-        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch for name in names):
+        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch and labels[name].inputs == labels[names[0]].inputs for name in names):
             new.update(zip(names, join([params[name] for name in names], len(labels[names[0]].inputs))))
     return new
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.checkpoint.families import (
+    bert,
     cohere,
     cohere2,
+    distilbert,
+    electra,
     gemma,
     gemma2,
     gemma3,
@@ -26,17 +29,21 @@ from llmjax.checkpoint.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
     stablelm,
     starcoder2,
+    xlm_roberta,
 )
 from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
+from llmjax.checkpoint.table import Table
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
-from llmjax.core.model_config import Attention, ModelConfig
+from llmjax.core.model_config import Attention, ModelConfig, NoHead
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
-    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4)}
+    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
+    bert, roberta, xlm_roberta, distilbert, electra)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
@@ -45,6 +52,14 @@ def get(name: str) -> Family:
     if name not in FAMILIES:
         raise CheckpointError(f"there is no checkpoint family {name!r}" + nearest(name, FAMILIES))
     return FAMILIES[name]
+
+
+def table_of(config: ModelConfig) -> Table:
+    """The table that writes this model: that of its family, and for a model without a head the names a bare model has."""
+    table = get(config.family).table
+    if not isinstance(config.head, NoHead):
+        return table
+    return dc.replace(table, base="", rows=tuple(dc.replace(row, name=row.name.removeprefix(table.base)) for row in table.rows))
 
 
 def of_config(hf: Mapping[str, Any], where: str = "config.json") -> Family:
