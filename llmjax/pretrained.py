@@ -89,7 +89,7 @@ def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]
 def read_tokenizer(place: pathlib.Path, source: Any) -> tokenizers.Tokenizer | None:
     if place.is_file():
         return tokenizers.from_gguf(source.fields) if "tokenizer.ggml.model" in source.fields else None
-    if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")):
+    if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")):
         return tokenizers.load(place)
     return None
 

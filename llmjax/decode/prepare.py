@@ -22,6 +22,8 @@ from llmjax.models import Decoder, labels
 
 def unstack(config: ModelConfig, params: dict) -> dict:
     """A tree with a scanned cycle as the tree of `unrolled(config)`: "prefix_0", "prefix_1", … in the model's order."""
+    if config.encoder:
+        params = {**params, "encoder": unstack(config.encoder, params["encoder"])}
     if not config.cycle:
         return params
     n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
@@ -36,6 +38,8 @@ def unstack(config: ModelConfig, params: dict) -> dict:
 
 def stack(config: ModelConfig, params: dict) -> dict:
     """The inverse of `unstack` for the scanned `config`."""
+    if config.encoder:
+        params = {**params, "encoder": stack(config.encoder, params["encoder"])}
     if not config.cycle:
         return params
     n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)

@@ -8,8 +8,7 @@ from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_decoder import EncoderDecoder
 
 
-def build(config: ModelConfig, compute: Compute = Compute(), layout: Layout = Layout()) -> Decoder | Encoder:
+def build(config: ModelConfig, compute: Compute | None = None, layout: Layout | None = None) -> Decoder | Encoder:
     """An EncoderDecoder (which is a Decoder) where the configuration has an encoder, an Encoder where its head is not the language head, else a Decoder."""
-    if config.encoder:
-        return EncoderDecoder(config, compute, layout)
-    return Decoder(config, compute, layout) if isinstance(config.head, LanguageHead) else Encoder(config, compute, layout)
+    kind = EncoderDecoder if config.encoder else Decoder if isinstance(config.head, LanguageHead) else Encoder
+    return kind(config, compute or Compute(), layout or Layout())

@@ -1,6 +1,7 @@
 """What families of encoders share: heads by the class that config.json names, labels, and the numbers and tensors of BERT and its kin."""
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, ClassifierHead, Head, Layer, MaskedHead, Mlp, ModelConfig, NoHead, Norm, SpanHead, TokenHead
+from llmjax.core.model_config import Attention, ClassifierHead, Head, Layer, MaskedHead, Mlp, ModelConfig, Norm, TokenHead
 
 Heads = Mapping[str, Head]               # the class's name -> its head
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -81,7 +82,7 @@ def attention(q: str, k: str, v: str, o: str, ours: str = "mixer", stack: str = 
 
 def stacked(stack: str, *rows: Row) -> tuple[Row, ...]:
     """The same rows for the layers of another stack."""
-    return tuple(Row(row.name, row.path, row.pattern, row.added, stack, row.sizes) for row in rows)
+    return tuple(dc.replace(row, stack=stack) for row in rows)
 
 
 def bert_rows(lead: str) -> tuple[Row, ...]:
@@ -95,5 +96,3 @@ def bert_rows(lead: str) -> tuple[Row, ...]:
 
 RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))      # TensorFlow's names in BERT's first checkpoints
 SCORES = (*dense("classifier", "tagger/out"), *dense("qa_outputs", "span/out"))
-
-__all__ = ["NoHead", "SpanHead", "activation_name", "attention", "bert_rows", "dense", "norm", "read_bert", "read_head", "read_labels", "stacked", "write_bert", "write_head"]

@@ -19,7 +19,8 @@ def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, wind
     """-> (implementation, reason) for `name`, "auto" or one of IMPLEMENTATIONS, from shapes and settings alone; never one whose memory grows with T S, unless it was asked for
     by name.
 
-    A call with a `bias` on its scores is the one exception: the bias is as large as the scores, and only `reference` takes it. `q` [B, T, N, H] and `v` need only shapes and dtypes; `segments` says whether segment ids will be given. Raises ValueError for an unknown name, an implementation of
+    A call with a `bias` on its scores is the one exception: the bias is as large as the scores, and only `reference` takes it.
+    `q` [B, T, N, H] and `v` need only shapes and dtypes; `segments` says whether segment ids will be given. Raises ValueError for an unknown name, an implementation of
     another platform and for a call that the named one cannot do, with the reason.
     """
     if bias:

@@ -13,7 +13,8 @@ def reference(q, k, v, *, query_positions=None, key_positions=None, query_segmen
     """softmax(cap(scale q·k)) v over the visible keys (arXiv:1706.03762 eq. 1; soft-cap arXiv:2408.00118 section 2; sinks: one more logit per head in the denominator, gpt-oss).
 
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] -> [B, T, N, Hv] in `q.dtype`; query head n reads kv head n // (N // K). Everything in between is float32.
-    bias [B or 1, N, T, S] float32, or None, is added to the scaled scores (relative positions). Positions and segments [B, T] / [B, S] int32; None is a range, one document; segment 0 is padding. A query that sees nothing gives zeros. O(T S) memory. Raises ValueError
+    bias [B or 1, N, T, S] float32, or None, is added to the scaled scores (relative positions).
+    Positions and segments [B, T] / [B, S] int32; None is a range, one document; segment 0 is padding. A query that sees nothing gives zeros. O(T S) memory. Raises ValueError
     (mask.check).
     """
     check(q, k, v, query_positions, key_positions, query_segments, key_segments, causal, in_order, window, softcap, sinks)
