@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-FUNCTIONS = {"load": "pretrained", "save": "pretrained", "generate": "decode", "make_mesh": "core", "RunConfig": "core"}
+FUNCTIONS = {"load": "pretrained", "save": "pretrained", "generate": "decode", "embed": "decode", "make_mesh": "core", "RunConfig": "core"}
 ROOMS = ("core", "kernels", "tokenizers", "models", "checkpoint", "objectives", "data", "train", "decode", "pretrained", "run", "settings")
 
 if TYPE_CHECKING:
     from llmjax import checkpoint, core, data, decode, kernels, models, objectives, pretrained, run, settings, tokenizers, train
     from llmjax.core import RunConfig, make_mesh
-    from llmjax.decode import generate
+    from llmjax.decode import embed, generate
     from llmjax.pretrained import load, save
 
-__all__ = ["RunConfig", "checkpoint", "core", "data", "decode", "generate", "kernels", "load", "make_mesh", "models", "objectives", "pretrained", "run", "save", "settings", "tokenizers", "train"]
+__all__ = ["RunConfig", "checkpoint", "core", "data", "decode", "embed", "generate", "kernels", "load", "make_mesh", "models", "objectives", "pretrained", "run", "save",
+           "settings", "tokenizers", "train"]
 
 
 def __getattr__(name: str) -> Any:

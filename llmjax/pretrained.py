@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llmjax import models, tokenizers
 from llmjax.checkpoint import fetch, folder, safetensors_file, table
-from llmjax.checkpoint.families import get as family_of
+from llmjax.checkpoint.families import table_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.mesh import RULES, Layout, Rules, shardings
 from llmjax.core.model_config import ModelConfig
@@ -51,7 +51,7 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType | None = None, mesh: jax.sharding.Mesh | None = None,
-         rules: Rules = RULES) -> tuple[models.Decoder, dict[str, Any], tokenizers.Tokenizer | None]:
+         rules: Rules = RULES) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
     """(model, params, tokenizer) of a checkpoint.
 
     path: a folder in Hugging Face layout, a `.gguf` file, the folder of a run, "hf:org/name[@revision]", or "smollm2".
@@ -62,7 +62,7 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
     place = locate(path)
     compute = Compute(dtype=dtype, param_dtype=param_dtype or dtype)
     config, source, rows = open_checkpoint(place)
-    model = models.Decoder(config, compute, Layout(rules=rules))
+    model = models.build(config, compute, Layout(rules=rules))
     like = models.abstract_params(model)
     if mesh is not None:
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings(models.labels(model), like, mesh, rules))
@@ -82,13 +82,13 @@ def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]
         file = gguf_file.Gguf(place)
         return gguf_models.to_model_config(file), file, gguf_models.table(file)
     config = folder.read_config(place)
-    return config, safetensors_file.open_folder(place), family_of(config.family).rows(config)
+    return config, safetensors_file.open_folder(place), table_of(config)
 
 
 def read_tokenizer(place: pathlib.Path, source: Any) -> tokenizers.Tokenizer | None:
     if place.is_file():
         return tokenizers.from_gguf(source.fields) if "tokenizer.ggml.model" in source.fields else None
-    if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")):
+    if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")):
         return tokenizers.load(place)
     return None
 
@@ -107,7 +107,7 @@ def check_vocabulary(tokenizer: tokenizers.Tokenizer, config: ModelConfig, place
     warnings.warn(f"{place}: the special tokens {', '.join(sorted(beyond)[:4])} lie beyond the model's vocabulary of {config.vocab_size}; do not use them", stacklevel=3)
 
 
-def save(path: str | pathlib.Path, model: models.Decoder, params: dict[str, Any], tokenizer: tokenizers.Tokenizer | None = None,
+def save(path: str | pathlib.Path, model: Any, params: dict[str, Any], tokenizer: tokenizers.Tokenizer | None = None,
          shard_bytes: int = safetensors_file.SHARD_BYTES) -> None:
     """Writes a folder in Hugging Face layout, which transformers reads: config.json, generation_config.json, safetensors (several files over `shard_bytes`), the tokenizer's files.
 
@@ -118,7 +118,7 @@ def save(path: str | pathlib.Path, model: models.Decoder, params: dict[str, Any]
     target, config = pathlib.Path(path).expanduser(), model.config
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, target)
-    rows = family_of(config.family).rows(config)
+    rows = table_of(config)
     wanted = {cell.name: cell.shape for cell in table.cells(rows, flatten(models.abstract_params(model)))}
     given = {cell.name: cell.shape for cell in table.cells(rows, flatten(params))}
     for name in sorted({**wanted, **given}):

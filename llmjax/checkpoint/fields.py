@@ -24,8 +24,8 @@ HARMLESS = frozenset("""
 """.split())  # noqa: SIM905
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-               "quick_gelu": "quick_gelu", "relu": "relu", "relu2": "relu_squared"}
-SPELLINGS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "relu_squared": "relu2"}
+               "quick_gelu": "quick_gelu", "relu": "relu", "relu2": "relu_squared", "tanh": "tanh"}
+SPELLINGS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "relu_squared": "relu2", "tanh": "tanh"}
 NONE = object()
 
 

@@ -33,7 +33,7 @@ def write(folder: pathlib.Path, config: ModelConfig, params: Any, others: Callab
     """
     dtypes = sorted({str(leaf.dtype) for leaf in flatten(params).values()})
     hf = families.to_hf(config, dtypes[0] if len(dtypes) == 1 else "float32")
-    tensors = exports(families.get(config.family).rows(config), params)
+    tensors = exports(families.table_of(config), params)
     generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"], "pad_token_id": hf["pad_token_id"]}
 
     def rest(scratch: pathlib.Path) -> None:

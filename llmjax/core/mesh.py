@@ -24,6 +24,9 @@ RULES: Rules = (
     ("length", "sequence"),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
+    ("source", "fsdp"),                # an encoder's output, as cross-attention reads it
+    ("factor", None),
+    ("label", None),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from llmjax.core.errors import ConfigError, nearest
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "tanh"]
 MAX_CHUNKS = 1 << 12                   # chunks of a chunked layer in one sequence: a segment id and a chunk share 31 bits
 
 
@@ -111,6 +111,34 @@ class Temperature:
 
 
 @dc.dataclass(frozen=True)
+class RelativeBuckets:
+    """One learned number per head and bucket of key position - query position, added to the scores; one table for all layers of a stack (T5; Raffel et al. 2020, section 2.1).
+    Near distances have a bucket each, far ones share logarithmically; where attention is not causal, half of the buckets look ahead."""
+    buckets: int = 32
+    max_distance: int = 128
+
+
+@dc.dataclass(frozen=True)
+class Disentangled:
+    """DeBERTa's attention (He et al. 2021, eq. 4): content to position and position to content beside content to content, all over sqrt(head_dim × number of terms).
+    2 × `span` learned rows stand for the distances, near ones a row each; from span / 2 on they share logarithmically up to `max_distance` where `logarithmic`."""
+    span: int
+    max_distance: int
+    logarithmic: bool = True
+    content_to_position: bool = True
+    position_to_content: bool = True
+    shared: bool = True                # the rows pass through the layer's own query and key projections
+    norm: bool = True                  # a norm on the rows
+
+    @property
+    def terms(self) -> int:
+        return 1 + self.content_to_position + self.position_to_content
+
+
+Relative = RelativeBuckets | Disentangled
+
+
+@dc.dataclass(frozen=True)
 class Attention:
     """Multi-head, grouped-query (kv_heads < heads) or multi-query (kv_heads = 1) attention."""
     heads: int
@@ -129,6 +157,7 @@ class Attention:
     clip: float | None = None          # queries, keys and values are held within ± clip
     alibi: Alibi | None = None
     temperature: Temperature | None = None
+    relative: Relative | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -197,7 +226,7 @@ class MixtureOfExperts:
 
 Mixer = Attention | LatentAttention
 FeedForward = Mlp | MixtureOfExperts
-Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
+Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
 
 
 @dc.dataclass(frozen=True)
@@ -206,11 +235,69 @@ class Layer:
     ffn: FeedForward
     wiring: Wiring = "pre"
     residual_scale: float = 1.0
+    cross: Attention | None = None     # attention to an encoder's output, between mixer and feed-forward, with a norm of its own
+
+
+@dc.dataclass(frozen=True)
+class Transform:
+    """A dense layer of the model's width, an activation and perhaps a norm: what stands before the last matrix of many heads."""
+    activation: Activation
+    bias: bool = True
+    norm: bool = False
+
+
+@dc.dataclass(frozen=True)
+class LanguageHead:
+    """Logits of the vocabulary; its numbers (tied, head_bias, logit_scale, logit_softcap) stand in ModelConfig."""
+
+
+@dc.dataclass(frozen=True)
+class MaskedHead:
+    """Logits of the vocabulary for every token after a transform (BERT); ModelConfig.tied and head_bias say how. spare_bias: a second bias that is kept and changes nothing."""
+    transform: Transform
+    spare_bias: bool = False
+
+
+@dc.dataclass(frozen=True)
+class ClassifierHead:
+    """Scores of `labels` for a whole text, out of its first token or the mean of all."""
+    labels: tuple[str, ...]
+    transform: Transform
+    pooling: Literal["first", "mean"] = "first"
+
+
+@dc.dataclass(frozen=True)
+class TokenHead:
+    """Scores of `labels` for every token."""
+    labels: tuple[str, ...]
+    transform: Transform | None = None
+
+
+@dc.dataclass(frozen=True)
+class SpanHead:
+    """For every token, the scores that an answer starts and that it ends there."""
+    transform: Transform | None = None
+
+
+@dc.dataclass(frozen=True)
+class ReplacedHead:
+    """For every token, the score that it was replaced by another (ELECTRA's discriminator)."""
+    transform: Transform
+
+
+@dc.dataclass(frozen=True)
+class NoHead:
+    """Hidden states; a pooler's output (of the first token) goes to `aux`."""
+    pooler: Transform | None = None
+
+
+Head = LanguageHead | MaskedHead | ClassifierHead | TokenHead | SpanHead | ReplacedHead | NoHead
 
 
 @dc.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model. Layers in order: prefix, cycle × repeats, suffix."""
+    """A model over tokens. Layers in order: prefix, cycle × repeats, suffix. With the language head it is a decoder, with an encoder too an encoder-decoder, with any other head an
+    encoder."""
     vocab_size: int
     dim: int
     cycle: tuple[Layer, ...] = ()
@@ -231,6 +318,13 @@ class ModelConfig:
     end_tokens: tuple[int, ...] = ()   # generation stops after any of them
     pad_token: int | None = None
     family: str = "llama"              # which checkpoint table writes it
+    head: Head = LanguageHead()
+    token_types: int | None = None     # rows of a table of segment types (BERT); type 0 unless given
+    position_offset: int = 0           # rows of the learned position table that are skipped (RoBERTa, BART)
+    embed_dim: int | None = None       # width of the embeddings where a projection follows them (ELECTRA); None: dim
+    embed_proj_bias: bool = False
+    encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding
+    decoder_start: int | None = None   # the token an encoder-decoder's answer starts from
 
     def __post_init__(self):
         if not self.layers:
@@ -239,6 +333,16 @@ class ModelConfig:
             raise ConfigError(f"cycle has {len(self.cycle)} layers and repeats is {self.repeats}: give both or neither")
         for i, layer in enumerate(self.prefix + self.cycle + self.suffix):
             check_layer(layer, f"layer {i}")
+            if layer.cross and not self.encoder:
+                raise ConfigError(f"layer {i}: cross-attention looks at an encoder, and the model has none: give `encoder`, or leave `cross` out")
+        mixers = self.relative_mixers
+        if len({mixer.relative for mixer in mixers}) > 1 or any(mixer.window for mixer in mixers):
+            raise ConfigError("relative positions are of one kind in a stack, and its layers have no window")
+
+    @property
+    def relative_mixers(self) -> list[Attention]:
+        """The attentions with relative positions, which share what they know of them."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention) and layer.mixer.relative]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -252,6 +356,8 @@ def check_layer(layer: Layer, where: str) -> None:
     if layer.ffn.activation not in get_args(Activation):
         raise ConfigError(f"{where}: activation {layer.ffn.activation!r} is unknown" + nearest(layer.ffn.activation, get_args(Activation)))
     mixer = layer.mixer
+    if layer.cross and layer.wiring not in ("pre", "after_sum"):
+        raise ConfigError(f"{where}: wiring {layer.wiring!r} has no place for cross-attention; pre and after_sum have")
     if mixer.heads % mixer.kv_heads:
         raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of kv_heads={mixer.kv_heads}")
     rope, size = rotation(mixer)
@@ -297,4 +403,4 @@ def find_cycle(layers: tuple[Layer, ...], longest: int = 16) -> dict:
 
 def unrolled(config: ModelConfig) -> ModelConfig:
     """The same model with every layer apart (nothing scanned): the form decoding wants."""
-    return dc.replace(config, prefix=config.layers, cycle=(), repeats=0, suffix=())
+    return dc.replace(config, prefix=config.layers, cycle=(), repeats=0, suffix=(), encoder=config.encoder and unrolled(config.encoder))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core import ConfigError
+from llmjax.core.model_config import LanguageHead
 from llmjax.decode.prepare import prepared
 from llmjax.decode.sampling import Sampling, make_sampling, row_keys
 from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
@@ -36,7 +37,9 @@ def bucket(n: int, smallest: int = 16) -> int:
 
 
 def token_ids(prompts: Sequence[Prompt], tokenizer: Any, config: Any) -> list[list[int]]:
-    """Prompts as ids; a text gets the model's begin token where it has one. Raises ConfigError for empty, foreign and over-long prompts."""
+    """Prompts as ids; a text gets the model's begin token where it has one. Raises ConfigError for empty, foreign and over-long prompts, and for a model that does not generate."""
+    if not isinstance(config.head, LanguageHead):
+        raise ConfigError(f"this model's head is a {type(config.head).__name__}: it generates no text; call model.apply for its answer, or llmjax.embed for vectors")
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
         raise ConfigError("prompts: a list of prompts is wanted, each a text or a list of ids; put this one in a list")
     rows = []
@@ -52,8 +55,9 @@ def token_ids(prompts: Sequence[Prompt], tokenizer: Any, config: Any) -> list[li
         wrong = [x for x in ids if not 0 <= x < config.vocab_size]
         if wrong:
             raise ConfigError(f"prompt {i} holds the id {wrong[0]}, the model's vocabulary has {config.vocab_size}")
-        if len(ids) > config.context:
-            raise ConfigError(f"prompt {i} has {len(ids)} tokens, the model's context is {config.context}: shorten it")
+        context = (config.encoder or config).context
+        if len(ids) > context:
+            raise ConfigError(f"prompt {i} has {len(ids)} tokens, the model's context is {context}: shorten it")
         rows.append(ids)
     return rows
 
@@ -89,16 +93,28 @@ def padded(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray, 
     return tokens, np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape), segments
 
 
+def begun(rows: list[list[int]], config: Any) -> list[list[int]]:
+    """What the decoder's tokens begin with: the prompts, or an encoder-decoder's start token. Raises ConfigError where it has none."""
+    if config.encoder is None:
+        return rows
+    if config.decoder_start is None:
+        raise ConfigError("the model's config names no decoder_start_token_id: an encoder-decoder's answer starts from it")
+    return [[config.decoder_start]] * len(rows)
+
+
 def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int) -> Decoding:
-    """Prefills the prompts, repeats each n times and draws the first tokens."""
-    config = model.config
+    """Prefills the prompts (those of an encoder-decoder are what its encoder reads), repeats each n times and draws the first tokens."""
+    config, source = model.config, None
+    if config.encoder:
+        tokens, _, segments = padded(rows, min(bucket(max(map(len, rows))), max(config.encoder.context, max(map(len, rows)))))
+        source, rows = (tokens, segments), begun(rows, config)
     lengths = np.asarray([len(r) for r in rows for _ in range(n)], np.int32)
     limits = np.minimum(max_new_tokens, config.context - lengths + 1)
     room = bucket(int(limits.max()))
     length = bucket(max(map(len, rows)))
     cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + room) // 64) * 64)
     tokens, positions, segments = padded(rows, min(length, cache.length))
-    logits, cache = prefill(model, params, tokens, positions, segments, cache)
+    logits, cache = prefill(model, params, tokens, positions, segments, cache, source)
     if n > 1:
         logits, cache = jnp.repeat(logits, n, 0), repeat_rows(cache, n)
     seen = None
@@ -124,6 +140,7 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     rows = token_ids(prompts, tokenizer, model.config)
     if not rows:
         return []
+    told = begun(rows, model.config)
     stops = make_stops(stop, tokenizer, model.config)
     sampling = make_sampling(len(rows) * n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     model, params = prepared(model, params)
@@ -134,11 +151,11 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     else:
         while not bool(np.all(state.done)):
             state = loop(model, params, state, sampling, end, np.int32(int(state.count) + CHECK_EVERY))
-            hit = [find_stop(new_text(tokenizer, rows[i // n], ids), stops.texts) is not None for i, ids in enumerate(made(state, stops.tokens))]
+            hit = [find_stop(new_text(tokenizer, told[i // n], ids), stops.texts) is not None for i, ids in enumerate(made(state, stops.tokens))]
             state = dc.replace(state, done=state.done | jnp.asarray(hit))
     limits = np.asarray(state.limits)
     found = zip(made(state, stops.tokens), np.asarray(state.logprobs), np.asarray(state.tokens), limits)
-    return [finished(rows[i // n], ids, logprobs, tokens, int(limit), tokenizer, stops) for i, (ids, logprobs, tokens, limit) in enumerate(found)]
+    return [finished(told[i // n], ids, logprobs, tokens, int(limit), tokenizer, stops) for i, (ids, logprobs, tokens, limit) in enumerate(found)]
 
 
 def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -190,7 +207,7 @@ def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_n
     stops, sampling = make_stops(stop, tokenizer, model.config), make_sampling(1, **{"temperature": 0.0, **knobs})
     model, params = prepared(model, params)
     state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1)
-    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops, rows[0])
+    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops, begun(rows, model.config)[0])
 
 
 def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Sampling, stops: Stops, keep: list | None = None) -> Iterator[int]:

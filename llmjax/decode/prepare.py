@@ -22,6 +22,8 @@ from llmjax.models import Decoder, labels
 
 def unstack(config: ModelConfig, params: dict) -> dict:
     """A tree with a scanned cycle as the tree of `unrolled(config)`: "prefix_0", "prefix_1", … in the model's order."""
+    if config.encoder:
+        params = {**params, "encoder": unstack(config.encoder, params["encoder"])}
     if not config.cycle:
         return params
     n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
@@ -36,6 +38,8 @@ def unstack(config: ModelConfig, params: dict) -> dict:
 
 def stack(config: ModelConfig, params: dict) -> dict:
     """The inverse of `unstack` for the scanned `config`."""
+    if config.encoder:
+        params = {**params, "encoder": stack(config.encoder, params["encoder"])}
     if not config.cycle:
         return params
     n, (before, repeats) = len(config.cycle), (len(config.prefix), config.repeats)
@@ -54,7 +58,7 @@ def joined(labels: dict, params: dict) -> dict:
     """The tree with the weights of every JOINED group in a module side by side, where all of them are plain matrices."""
     new = {name: joined(labels[name], w) if isinstance(w, dict) else w for name, w in params.items()}
     for names in JOINED:
-        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch for name in names):
+        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch and labels[name].inputs == labels[names[0]].inputs for name in names):
             new.update(zip(names, join([params[name] for name in names], len(labels[names[0]].inputs))))
     return new
 

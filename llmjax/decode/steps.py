@@ -23,9 +23,12 @@ def init_cache(model: Decoder, batch_size: int, length: int, dtype: Any = None) 
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def prefill(model: Decoder, params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """A prompt, or a further piece of one: tokens, positions, segments [B, T] (segment 0 is padding, on either side) -> (logits [B, V] after each row's last token, cache)."""
-    x, cache = model.apply({"params": params}, tokens, positions, segments, cache, method="features")
+def prefill(model: Decoder, params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache,
+            source: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, Cache]:
+    """A prompt, or a further piece of one: tokens, positions, segments [B, T] (segment 0 is padding, on either side) -> (logits [B, V] after each row's last token, cache).
+    source: tokens and segments [B, S] of what an encoder-decoder reads, with its first piece."""
+    more = () if source is None else source
+    x, cache = model.apply({"params": params}, tokens, positions, segments, cache, *more, method="features")
     last = jnp.max(jnp.where(segments > 0, jnp.arange(tokens.shape[1]), 0), -1)
     x = jnp.take_along_axis(x, last[:, None, None], 1)
     return model.apply({"params": params}, x, method="unembed")[:, 0], cache
@@ -116,4 +119,4 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
     def on(axis):
         return lambda x: jnp.repeat(x, times, axis)
     layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
-    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots))
+    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), source=jax.tree.map(on(0), cache.source))

@@ -16,12 +16,13 @@ import numpy as np
 
 from llmjax.core import Compute, Layout, constrain, dot, dots, platform
 from llmjax.core.mesh import mesh_axes
-from llmjax.core.model_config import MAX_CHUNKS, Alibi, Attention, LatentAttention, Norm, Temperature
+from llmjax.core.model_config import MAX_CHUNKS, Alibi, Attention, Disentangled, LatentAttention, Norm, RelativeBuckets, Temperature
 from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
 from llmjax.models.context import Context
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
+from llmjax.models.relative import disentangled
 
 
 class MultiHeadAttention(Module):
@@ -33,12 +34,8 @@ class MultiHeadAttention(Module):
 
     @compact
     def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
-        a, (D, N, K, H) = self.spec, (x.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
-        q, k, v = dots("btd,dnh->btnh", x, [weight(self, name, f"embed -> {heads} head_dim", (D, n, H)) for name, heads, n in (("q", "heads", N), ("k", "kv_heads", K), ("v", "kv_heads", K))])
-        if a.qkv_bias:
-            q = q + along(vector(self, "q_bias", "heads head_dim", (N, H)), q)
-            k = k + along(vector(self, "k_bias", "kv_heads head_dim", (K, H)), k)
-            v = v + along(vector(self, "v_bias", "kv_heads head_dim", (K, H)), v)
+        a = self.spec
+        q, k, v = self.projected(x, "q", "k", "v")
         if a.clip:
             q, k, v = (jnp.clip(y, -a.clip, a.clip) for y in (q, k, v))
         if a.qk_norm and not a.qk_norm.rotated:
@@ -49,21 +46,70 @@ class MultiHeadAttention(Module):
         if a.temperature:
             q = q * sharpening(a.temperature, context.places(q.shape[1])).astype(q.dtype)
         q, k, v = (constrain(y, f"batch length {heads} .", self.layout.rules) for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
-        sinks = vector(self, "sinks", "heads", (N,)) if a.sinks else None
+        sinks = vector(self, "sinks", "heads", (a.heads,)) if a.sinks else None
+        bias = self.position_bias(q, k, context)
         with jax.named_scope("attend"):
             seen, stored = look(k, v, context, stored, a.window)
-            y = attend(q, seen, context, a, scale=H ** -0.5 if a.scale is None else a.scale, softcap=a.softcap, chunked=a.chunked, sinks=sinks,
-                       slopes=None if a.alibi is None else slopes(a.alibi, N), compute=self.compute, layout=self.layout)
-        y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (N, H, D)))
-        if a.out_bias:
-            y = y + along(vector(self, "o_bias", "norm", (D,)), y)
-        return y, stored
+            y = attend(q, seen, context, a, scale=self.scale(), softcap=a.softcap, chunked=a.chunked, sinks=sinks, bias=bias,
+                       slopes=None if a.alibi is None else slopes(a.alibi, a.heads), compute=self.compute, layout=self.layout)
+        return self.output(y, x.shape[-1]), stored
+
+    def projected(self, x: jax.Array, *names: str, axis: str = "embed") -> list[jax.Array]:
+        """x [B, T, D] through the projections of these names ("q", "k", "v") -> [B, T, heads, H] each; `axis` is what their label calls D."""
+        a, D = self.spec, x.shape[-1]
+        kinds = {name: ("heads", a.heads) if name == "q" else ("kv_heads", a.kv_heads) for name in names}
+        ys = dots("btd,dnh->btnh", x, [weight(self, name, f"{axis} -> {heads} head_dim", (D, n, a.head_dim)) for name, (heads, n) in kinds.items()])
+        if a.qkv_bias:
+            ys = [y + along(vector(self, f"{name}_bias", f"{heads} head_dim", (n, a.head_dim)), y) for y, (name, (heads, n)) in zip(ys, kinds.items())]
+        return ys
+
+    def output(self, y: jax.Array, D: int) -> jax.Array:
+        """[B, T, N, H] -> [B, T, D]."""
+        y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (*y.shape[2:], D)))
+        return y + along(vector(self, "o_bias", "norm", (D,)), y) if self.spec.out_bias else y
+
+    def position_bias(self, q: jax.Array, k: jax.Array, context: Context) -> jax.Array | None:
+        """What relative positions add to the scores, [B or 1, N, T, S] float32: the stack's own table of it, or DeBERTa's terms out of this layer's queries and keys."""
+        spec, distances = self.spec.relative, context.relative
+        if spec is None:
+            return None
+        assert distances is not None
+        if isinstance(spec, RelativeBuckets):
+            return distances.bias
+        assert distances.rows is not None
+        rows = distances.rows[None].astype(q.dtype)                                      # [1, P, D]
+        pq, pk = (None if not wanted else self.projected(rows, name if spec.shared else f"position_{name}")[0][0]
+                  for name, wanted in (("q", spec.position_to_content), ("k", spec.content_to_position)))
+        return disentangled(q, k, pq, pk, distances, self.scale())
+
+    def scale(self) -> float:
+        a = self.spec
+        terms = a.relative.terms if isinstance(a.relative, Disentangled) else 1
+        return (terms * a.head_dim) ** -0.5 if a.scale is None else a.scale
 
     def normalized(self, name: str, x: jax.Array) -> jax.Array:
         spec = self.spec.qk_norm
         assert spec is not None
         norm = Normalize(spec.norm, self.compute, each=spec.over == "each", name=name)
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if spec.over == "full" else norm(x)
+
+
+class CrossAttention(MultiHeadAttention):
+    """x [B, T, D] attends to an encoder's output: context.source [B, S, D], or its keys and values in the cache -> ([B, T, D], those keys and values)."""
+
+    @compact
+    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+        q, = self.projected(x, "q")
+        if context.source is not None:
+            stored = KeyValue(*self.projected(context.source, "k", "v", axis="source"))
+        assert stored is not None
+        k, v = stored.k.astype(q.dtype), stored.v.astype(q.dtype)
+        mine = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None and context.source_segments is not None else context.segments
+        with jax.named_scope("attend"):
+            own = dc.replace(context, positions=None, segments=mine)
+            seen = Seen(k, v, None, context.source_segments, False)
+            y = attend(q, seen, own, dc.replace(self.spec, causal=False, window=None), scale=self.scale(), compute=self.compute, layout=self.layout)
+        return self.output(y, x.shape[-1]), stored
 
 
 def sharpening(spec: Temperature, positions: jax.Array) -> jax.Array:
@@ -107,7 +153,7 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, 
 
 
 def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout, softcap: float | None = None,
-           chunked: bool = False, sinks: jax.Array | None = None, slopes: jax.Array | None = None) -> jax.Array:
+           chunked: bool = False, sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
     segments = context.segments
     if not seen.own and segments is None:
@@ -118,9 +164,11 @@ def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentA
         for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
             where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
     settings: dict[str, Any] = dict(causal=spec.causal, in_order=seen.own, window=spec.window, softcap=softcap, sinks=sinks, slopes=slopes)
-    name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, **settings)
+    name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
     tell(name, reason)
     implementation = kernels.IMPLEMENTATIONS[name]
+    if bias is not None:          # `reference`, which the compiler partitions by itself
+        return implementation(q, seen.k, seen.v, **where, **settings, scale=scale, bias=bias)
     table, mesh = dict(reversed(layout.rules)), jax.sharding.get_abstract_mesh()
     batch, heads = (tuple(a for a in mesh_axes(table[axis]) if not mesh.empty and mesh.shape[a] > 1) for axis in ("batch", "heads"))
     rows, columns = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))

@@ -35,11 +35,21 @@ class KeyValue:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
+class WithSource:
+    """Of a layer with cross-attention: what it remembers of its own tokens, and keys and values of the encoder's output (None until the first call, which makes them)."""
+    own: KeyValue
+    source: KeyValue | None
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
 class Cache:
-    """layers: {"prefix": (KeyValue, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself alone."""
-    layers: dict[str, tuple[KeyValue, ...]]
+    """layers: {"prefix": (KeyValue or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
+    alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call."""
+    layers: dict[str, tuple[KeyValue | WithSource, ...]]
     slots: dict[int, Slots]
     empty: bool = dc.field(default=False, metadata=dict(static=True))
+    source: jax.Array | None = None
 
     @property
     def length(self) -> int:
@@ -65,7 +75,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cach
     def one(layer, *lead):
         mixer, heads = layer.mixer, (*lead, batch, slots_of(layer.mixer, length), layer.mixer.kv_heads)
         widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
-        return KeyValue(*(jnp.zeros((*heads, width), dtype) for width in widths))
+        own = KeyValue(*(jnp.zeros((*heads, width), dtype) for width in widths))
+        return WithSource(own, None) if layer.cross else own
     layers = {"prefix": tuple(one(x) for x in config.prefix), "cycle": tuple(one(x, config.repeats) for x in config.cycle), "suffix": tuple(one(x) for x in config.suffix)}
     sizes = sorted({slots_of(x.mixer, length) for x in config.layers} | {length})
     return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sizes}, empty=True)
@@ -79,11 +90,13 @@ def grow_cache(config: ModelConfig, cache: Cache, length: int) -> Cache:
         return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
     def one(layer, kept, lead=0):
+        if isinstance(kept, WithSource):
+            return WithSource(one(layer, kept.own, lead), kept.source)
         return jax.tree.map(lambda x: wider(x, slots_of(layer.mixer, length), lead + 1), kept)
     layers = {part: tuple(one(layer, kept, int(part == "cycle")) for layer, kept in zip(getattr(config, part), cache.layers[part])) for part in cache.layers}
     sizes = {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers} | {length: old}
     slots = {new: Slots(wider(cache.slots[before].positions, new, 1), wider(cache.slots[before].segments, new, 1)) for new, before in sizes.items()}
-    return Cache(layers, slots, cache.empty)
+    return dc.replace(cache, layers=layers, slots=slots)
 
 
 def next_positions(cache: Cache, shape: tuple[int, ...]) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.tree_util import register_dataclass
 from llmjax.core.model_config import ModelConfig, Rope, rotation
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
+from llmjax.models.relative import Distances
 
 Table = tuple[jax.Array, jax.Array]
 
@@ -20,13 +21,17 @@ Table = tuple[jax.Array, jax.Array]
 @register_dataclass
 @dc.dataclass(frozen=True)
 class Context:
-    """positions, segments [B, T] int32, or None: a range, one document. tables: sines and cosines per (rope, head_dim) of `ropes`. plans: one per cache size."""
+    """positions, segments [B, T] int32, or None: a range, one document. tables: sines and cosines per (rope, head_dim) of `ropes`. plans: one per cache size.
+    relative: see models/relative.py. source [B, S, D], source_segments [B, S]: an encoder's output, where a layer has to make keys and values of it, and whose it is."""
     positions: jax.Array | None
     segments: jax.Array | None
     tables: tuple[Table, ...]
     plans: dict[int, Plan]
     ropes: tuple[tuple[Rope, int], ...] = dc.field(metadata=dict(static=True))
     empty: bool = dc.field(metadata=dict(static=True))       # the cache held nothing before this call
+    relative: Distances | None = None
+    source: jax.Array | None = None
+    source_segments: jax.Array | None = None
 
     def places(self, length: int) -> jax.Array:
         """The tokens' positions, [B, T] or [1, T] int32."""

@@ -10,8 +10,8 @@ import jax
 
 from llmjax.core import Compute, Layout, constrain
 from llmjax.core.model_config import Attention, LatentAttention, Layer, MixtureOfExperts, Mlp, Norm
-from llmjax.models.attention import MultiHeadAttention
-from llmjax.models.cache import KeyValue
+from llmjax.models.attention import CrossAttention, MultiHeadAttention
+from llmjax.models.cache import KeyValue, WithSource
 from llmjax.models.context import Context
 from llmjax.models.feed_forward import MultiLayerPerceptron
 from llmjax.models.latent_attention import MultiHeadLatentAttention
@@ -25,11 +25,13 @@ FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
 Sub = Callable[[jax.Array], jax.Array]
 
 
-# Wirings: (x, mix, feed, norm, s) -> x, where norm(name) makes a norm and s scales what is added to the residual stream.
+# Wirings: (x, mix, feed, norm, s) -> x, where norm(name) makes a norm and s scales what is added to the residual stream; those that know cross-attention take it last.
 
-def pre(x, mix: Sub, feed: Sub, norm, s):
-    """GPT-2, Llama."""
+def pre(x, mix: Sub, feed: Sub, norm, s, cross: Sub | None = None):
+    """GPT-2, Llama; T5."""
     x = x + s * mix(norm("norm_mixer")(x))
+    if cross:
+        x = x + s * cross(norm("norm_cross")(x))
     return x + s * feed(norm("norm_ffn")(x))
 
 
@@ -56,7 +58,21 @@ def parallel_two_norms(x, mix: Sub, feed: Sub, norm, s):
     return x + s * (mix(norm("norm_mixer")(x)) + feed(norm("norm_ffn")(x)))
 
 
-WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel, "parallel_two_norms": parallel_two_norms}
+def after_sum(x, mix: Sub, feed: Sub, norm, s, cross: Sub | None = None):
+    """BERT, BART and the first Transformer: the norms on the residual stream."""
+    x = norm("norm_mixer_out")(x + s * mix(x))
+    if cross:
+        x = norm("norm_cross_out")(x + s * cross(x))
+    return norm("norm_ffn_out")(x + s * feed(x))
+
+
+def pre_ffn(x, mix: Sub, feed: Sub, norm, s):
+    """ModernBERT's first layer: its input has just been normalised."""
+    x = x + s * mix(x)
+    return x + s * feed(norm("norm_ffn")(x))
+
+
+WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel, "parallel_two_norms": parallel_two_norms, "after_sum": after_sum, "pre_ffn": pre_ffn}
 
 
 class Block(Module):
@@ -67,8 +83,9 @@ class Block(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
-        layer, box = self.layer, [stored]
+    def __call__(self, x: jax.Array, stored: KeyValue | WithSource | None, context: Context) -> tuple[jax.Array, KeyValue | WithSource | None]:
+        layer = self.layer
+        box: list = [stored.own, stored.source] if isinstance(stored, WithSource) else [stored, None]
 
         def mix(h):
             with jax.named_scope("mixer"):
@@ -79,8 +96,14 @@ class Block(Module):
             with jax.named_scope("ffn"):
                 ffn = FEED_FORWARDS[type(layer.ffn)](layer.ffn, self.compute, self.layout, name="ffn")
                 return ffn(h, context.segments) if isinstance(layer.ffn, MixtureOfExperts) else ffn(h)
-        x = WIRINGS[layer.wiring](x, mix, feed, lambda name: Normalize(self.norm, self.compute, name=name), layer.residual_scale)
-        return constrain(x, "batch length .", self.layout.rules), box[0]
+
+        def cross(h):
+            with jax.named_scope("cross"):
+                y, box[1] = CrossAttention(layer.cross, self.norm, self.compute, self.layout, name="cross")(h, context, box[1])
+            return y
+        more = {"cross": cross} if layer.cross else {}
+        x = WIRINGS[layer.wiring](x, mix, feed, lambda name: Normalize(self.norm, self.compute, name=name), layer.residual_scale, **more)
+        return constrain(x, "batch length .", self.layout.rules), WithSource(*box) if isinstance(stored, WithSource) else box[0]
 
 
 class Cycle(Module):
@@ -91,7 +114,7 @@ class Cycle(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: tuple[KeyValue, ...] | None, context: Context):
+    def __call__(self, x: jax.Array, stored: tuple[KeyValue | WithSource, ...] | None, context: Context):
         new = []
         for i, layer in enumerate(self.layers):
             x, kept = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)

@@ -3,14 +3,14 @@ import json
 import pathlib
 
 from llmjax.core.errors import CheckpointError
-from llmjax.tokenizers import sentencepiece
+from llmjax.tokenizers import sentencepiece, wordpiece
 from llmjax.tokenizers.tokenizer import Tokenizer
 
 ROLES = ("bos", "eos", "pad", "unk")
 
 
 def load(path) -> Tokenizer:
-    """The tokenizer at `path`: a folder (`tokenizer.json` before `tokenizer.model`, with `tokenizer_config.json`, `special_tokens_map.json`, chat templates), or one of the two
+    """The tokenizer at `path`: a folder (`tokenizer.json` before `tokenizer.model` before `vocab.txt`, with `tokenizer_config.json`, `special_tokens_map.json`, chat templates), or one of the two
     files. Of a single file the folder's other files are not read: it has no bos, eos or chat template besides what is inside.
 
     Raises FileNotFoundError where nothing is there, CheckpointError for a damaged file."""
@@ -58,9 +58,15 @@ def _folder(folder: pathlib.Path) -> Tokenizer:
         read = sentencepiece.read(models[0], add_bos=bool(config.get("add_bos_token", False)), add_eos=bool(config.get("add_eos_token", False)), prefix_scheme=whole)
         backend = read.backend
         names = {role: text or read._names[role] for role, text in names.items()}
+    elif (folder / "vocab.txt").is_file():
+        marked = {role: config.get(f"{role}_token", marks.get(f"{role}_token")) for role in ("unk", "cls", "sep")}
+        told = {role: text["content"] if isinstance(text, dict) else text for role, text in marked.items() if text}
+        backend = wordpiece.read(folder / "vocab.txt", lower_case=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
+                                 chinese=config.get("tokenize_chinese_chars", True), **told)
+        names = {"pad": "[PAD]" if backend.token_to_id("[PAD]") is not None else None, "unk": told.get("unk", "[UNK]")} | {role: text for role, text in names.items() if text}
     else:
         present = sorted(p.name for p in folder.iterdir())[:8]
-        raise FileNotFoundError(f"no tokenizer in {folder}: neither tokenizer.json nor tokenizer.model (it holds {', '.join(present) or 'nothing'})")
+        raise FileNotFoundError(f"no tokenizer in {folder}: neither tokenizer.json nor tokenizer.model nor vocab.txt (it holds {', '.join(present) or 'nothing'})")
     _add_missing(backend, config, _read_json(folder / "added_tokens.json"), folder)
     return Tokenizer(backend, **names, chat_template=templates)
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.checkpoint.families import (
+    bert,
     bloom,
     cohere,
     cohere2,
     dbrx,
     deepseek_v2,
     deepseek_v3,
+    distilbert,
+    electra,
     falcon,
     gemma,
     gemma2,
@@ -38,18 +41,23 @@ from llmjax.checkpoint.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
     stablelm,
     starcoder2,
+    t5,
+    xlm_roberta,
 )
 from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
+from llmjax.checkpoint.table import Table
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
-from llmjax.core.model_config import ModelConfig
+from llmjax.core.model_config import ModelConfig, NoHead
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
-    ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat)}
+    ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat,
+    bert, roberta, xlm_roberta, distilbert, electra, t5)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
@@ -58,6 +66,14 @@ def get(name: str) -> Family:
     if name not in FAMILIES:
         raise CheckpointError(f"there is no checkpoint family {name!r}" + nearest(name, FAMILIES))
     return FAMILIES[name]
+
+
+def table_of(config: ModelConfig) -> Table:
+    """The table that writes this model: that of its family, and for a model without a head the names a bare model has."""
+    table = get(config.family).rows(config)
+    if not isinstance(config.head, NoHead):
+        return table
+    return dc.replace(table, base="", rows=tuple(dc.replace(row, name=row.name.removeprefix(table.base)) for row in table.rows))
 
 
 def of_config(hf: Mapping[str, Any], where: str = "config.json") -> Family:

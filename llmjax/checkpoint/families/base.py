@@ -157,5 +157,5 @@ def plain(config: ModelConfig) -> ModelConfig:
     def layer(x: Layer) -> Layer:
         scale = x.mixer.scale
         return x if scale is None else dc.replace(x, mixer=dc.replace(x.mixer, scale=scale_of(scale, x.mixer.head_dim)))
-    return dc.replace(unrolled(config), prefix=tuple(layer(x) for x in config.layers))
+    return dc.replace(unrolled(config), prefix=tuple(layer(x) for x in config.layers), encoder=config.encoder and plain(config.encoder))
 

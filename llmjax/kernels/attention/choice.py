@@ -15,13 +15,18 @@ from llmjax.kernels.attention.reference import reference
 IMPLEMENTATIONS: dict[str, Callable] = dict(reference=reference, blockwise=blockwise, cudnn=_cudnn.cudnn, splash=_splash.splash)
 
 
-def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, window: int | None, softcap: float | None, sinks, slopes=None, segments: bool) -> tuple[str, str]:
+def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, window: int | None, softcap: float | None, sinks, slopes=None, segments: bool, bias: bool = False) -> tuple[str, str]:
     """-> (implementation, reason) for `name`, "auto" or one of IMPLEMENTATIONS, from shapes and settings alone; never one whose memory grows with T S, unless it was asked for
     by name.
 
+    A call with a `bias` on its scores is the one exception: the bias is as large as the scores, and only `reference` takes it.
     `q` [B, T, N, H] and `v` need only shapes and dtypes; `segments` says whether segment ids will be given. Raises ValueError for an unknown name, an implementation of
     another platform and for a call that the named one cannot do, with the reason.
     """
+    if bias:
+        if name not in ("auto", "reference"):
+            raise ValueError(f"attention={name!r} takes no relative positions; use auto or reference")
+        return "reference", "relative positions are a bias on every score, which no other implementation takes"
     wants = dict(cudnn="gpu", splash="tpu")
     refusals = dict(cudnn=_cudnn.refusal(q, v, softcap, sinks, slopes), splash=_splash.refusal(q, in_order, slopes))
     if name != "auto":

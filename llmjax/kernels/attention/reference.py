@@ -9,11 +9,12 @@ from llmjax.kernels.attention.mask import check, visible, whereabouts
 
 
 def reference(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
-              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None) -> jax.Array:
+              causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None, bias=None) -> jax.Array:
     """softmax(cap(scale q·k)) v over the visible keys (arXiv:1706.03762 eq. 1; soft-cap arXiv:2408.00118 section 2; sinks: one more logit per head in the denominator, gpt-oss;
     slopes [N]: scores fall by slope × distance, ALiBi, arXiv:2108.12409).
 
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] -> [B, T, N, Hv] in `q.dtype`; query head n reads kv head n // (N // K). Everything in between is float32.
+    bias [B or 1, N, T, S] float32, or None, is added to the scaled scores (relative positions).
     Positions and segments [B, T] / [B, S] int32; None is a range, one document; segment 0 is padding. A query that sees nothing gives zeros. O(T S) memory. Raises ValueError
     (mask.check).
     """
@@ -22,6 +23,8 @@ def reference(q, k, v, *, query_positions=None, key_positions=None, query_segmen
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32), precision="highest") * scale
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], K, N // K, T, k.shape[1]).astype(jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     where = whereabouts(q, k, query_positions, key_positions, query_segments, key_segments)
