@@ -20,6 +20,17 @@ def rope3(factor: float = 8.0) -> dict[str, Any]:
             "rope_scaling": {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
 
 
+def bert(vocab: int, dim: int, hidden: int, layers: int, heads: int, rows: int, kind: str = "bert", architecture: str = "BertModel", **more: Any) -> dict[str, Any]:
+    """A row of BERT and its kin."""
+    return {"model_type": kind, "architectures": [architecture], "vocab_size": vocab, "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "max_position_embeddings": rows, "type_vocab_size": 2, **more}
+
+
+def t5(dim: int, hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {"model_type": "t5", "vocab_size": 32_128, "d_model": dim, "d_ff": hidden, "num_layers": layers, "num_heads": heads, "d_kv": 64, "n_positions": 512,
+            "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, **more}
+
+
 LLAMA3 = dict(bos_token_id=128_000, eos_token_id=128_001, rope_theta=500_000.0)
 QWEN = dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0, bos_token_id=151_643, eos_token_id=151_643)
 GEMMA = dict(rms_norm_eps=1e-6, head_dim=256, query_pre_attn_scalar=256, bos_token_id=2, eos_token_id=1, pad_token_id=0)
@@ -48,6 +59,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3-8b": llama(151_936, 4096, 12_288, 36, 32, 8, 32_768, model_type="qwen3", head_dim=128, **QWEN),
     "gemma2-2b": llama(256_000, 2304, 9216, 26, 8, 4, 8192, model_type="gemma2", sliding_window=4096, **GEMMA),
     "gemma2-9b": llama(256_000, 3584, 14_336, 42, 16, 8, 8192, model_type="gemma2", sliding_window=4096, **GEMMA),
+    "bert-base": bert(30_522, 768, 3072, 12, 12, 512, pad_token_id=0),
+    "bert-large": bert(30_522, 1024, 4096, 24, 16, 512, pad_token_id=0),
+    "all-minilm-l6-v2": bert(30_522, 384, 1536, 6, 12, 512, pad_token_id=0),
+    "roberta-base": bert(50_265, 768, 3072, 12, 12, 514, "roberta", "RobertaForMaskedLM", layer_norm_eps=1e-5, type_vocab_size=1, bos_token_id=0, eos_token_id=2, pad_token_id=1),
+    "xlm-roberta-base": bert(250_002, 768, 3072, 12, 12, 514, "xlm-roberta", "XLMRobertaModel", layer_norm_eps=1e-5, type_vocab_size=1, bos_token_id=0, eos_token_id=2, pad_token_id=1),
+    "distilbert-base": dict(model_type="distilbert", architectures=["DistilBertModel"], vocab_size=30_522, dim=768, hidden_dim=3072, n_layers=6, n_heads=12, pad_token_id=0),
+    "electra-small-generator": bert(30_522, 256, 1024, 12, 4, 512, "electra", "ElectraForMaskedLM", embedding_size=128, pad_token_id=0),
+    "modernbert-base": dict(model_type="modernbert", architectures=["ModernBertForMaskedLM"], vocab_size=50_368, hidden_size=768, intermediate_size=1152, num_hidden_layers=22,
+                            num_attention_heads=12, bos_token_id=50_281, eos_token_id=50_282, pad_token_id=50_283),
+    "deberta-v3-base": bert(128_100, 768, 3072, 12, 12, 512, "deberta-v2", "DebertaV2Model", layer_norm_eps=1e-7, type_vocab_size=0, relative_attention=True, position_buckets=256,
+                            norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type="p2c|c2p", position_biased_input=False, pad_token_id=0),
+    "t5-small": t5(512, 2048, 6, 8),
+    "t5-base": t5(768, 3072, 12, 12),
+    "flan-t5-base": t5(768, 2048, 12, 12, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart-base": dict(model_type="bart", vocab_size=50_265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072, decoder_ffn_dim=3072, encoder_attention_heads=12,
+                      decoder_attention_heads=12, bos_token_id=0, eos_token_id=2, pad_token_id=1),
     "gemma3-1b": llama(262_144, 1152, 6912, 26, 4, 1, 32_768, model_type="gemma3_text", sliding_window=512, **GEMMA),
 }
 

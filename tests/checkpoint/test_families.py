@@ -16,12 +16,17 @@ from llmjax.core.model_config import (
     Layer,
     LinearScaling,
     Llama3Scaling,
+    MaskedHead,
     MixtureOfExperts,
     Mlp,
     ModelConfig,
+    NoHead,
     Norm,
     QKNorm,
+    ReplacedHead,
     Rope,
+    TokenHead,
+    Transform,
     Yarn,
     unrolled,
 )
@@ -31,6 +36,8 @@ SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_lay
              bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=2,
               first_k_dense_replace=1, moe_intermediate_size=16, n_group=4, topk_group=2)
+BERT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, hidden_act="gelu", type_vocab_size=2,
+            hidden_dropout_prob=0.1)
 CASES = {
     "llama": dict(SMALL, model_type="llama", hidden_act="silu", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=6),
     "mistral": dict(SMALL, model_type="mistral", sliding_window=6),
@@ -80,13 +87,33 @@ CASES = {
     "nanochat": dict(SMALL, model_type="nanochat", hidden_act="relu2"),
     "gpt2": dict(model_type="gpt2", vocab_size=96, n_embd=24, n_head=3, n_layer=4, n_positions=64, n_inner=40, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=True,
                  summary_type="cls_index", resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
+    "bert": dict(BERT, model_type="bert", architectures=["BertForMaskedLM"], tie_word_embeddings=False),
+    "roberta": dict(BERT, model_type="roberta", architectures=["RobertaForSequenceClassification"], pad_token_id=1, id2label={"0": "no", "1": "perhaps", "2": "yes"}),
+    "xlm-roberta": dict(BERT, model_type="xlm-roberta", architectures=["XLMRobertaForQuestionAnswering"], pad_token_id=1),
+    "distilbert": dict(model_type="distilbert", architectures=["DistilBertForTokenClassification"], vocab_size=96, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64,
+                       num_labels=5, sinusoidal_pos_embds=False, activation="relu"),
+    "electra": dict(BERT, model_type="electra", architectures=["ElectraForPreTraining"], embedding_size=16, summary_type="first"),
+    "modernbert": dict({k: v for k, v in BERT.items() if k not in ("hidden_act", "type_vocab_size", "hidden_dropout_prob")}, model_type="modernbert",
+                       architectures=["ModernBertForSequenceClassification"], local_attention=8,
+                       classifier_pooling="mean", norm_bias=True, mlp_bias=True, attention_bias=True, classifier_bias=True, num_hidden_layers=5, global_attn_every_n_layers=2),
+    "deberta-v2": dict(BERT, model_type="deberta-v2", architectures=["DebertaV2ForMaskedLM"], legacy=False, type_vocab_size=0, relative_attention=True, pos_att_type="p2c|c2p", position_buckets=8,
+                       norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False, max_relative_positions=-1),
+    "deberta-v2-legacy": dict(BERT, model_type="deberta-v2", architectures=["DebertaV2ForMaskedLM"], relative_attention=True, pos_att_type=["c2p"], max_relative_positions=16),
+    "t5": dict(model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=3, num_decoder_layers=2, num_heads=4, dropout_rate=0.1,
+               feed_forward_proj="gated-gelu", tie_word_embeddings=False, n_positions=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8),
+    "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
+                 decoder_attention_heads=2, max_position_embeddings=64, normalize_before=False, num_hidden_layers=3, forced_eos_token_id=2),
 }
 # Published counts: the models' cards, or the sum over the shapes in their safetensors indices.
 COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
           "llama-3.1-8b": 8_030_261_248, "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "mistral-7b": 7_241_732_096, "mixtral-8x7b": 46_702_792_704,
           "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984,
           "gemma3-1b": 999_885_952, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
-          "llama-2-13b": 13_015_864_320}
+          "llama-2-13b": 13_015_864_320,
+          # of the class that `architectures` names; flan-t5's head is a matrix of its own, BART's count includes the 50,265 numbers of final_logits_bias, a buffer of its checkpoints
+          "bert-base": 109_482_240, "bert-large": 335_141_888, "all-minilm-l6-v2": 22_713_216, "roberta-base": 124_697_433, "xlm-roberta-base": 278_043_648, "distilbert-base": 66_362_880,
+          "electra-small-generator": 13_546_682, "modernbert-base": 149_655_232, "deberta-v3-base": 183_831_552, "t5-small": 60_506_624, "t5-base": 222_903_552,
+          "flan-t5-base": 247_577_856, "bart-base": 139_420_416 + 50_265}
 
 
 def test_every_family_has_a_case():
@@ -96,7 +123,7 @@ def test_every_family_has_a_case():
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_sizes(name):
     config = published(name)
-    assert size(models.abstract_params(models.Decoder(config))) == COUNTS[name]
+    assert size(models.abstract_params(models.build(config))) == COUNTS[name]
     assert to_model_config(to_hf(config)) == config
 
 
@@ -118,7 +145,7 @@ def test_config_both_ways(name):
 def test_weights_both_ways_bit_for_bit(name):
     config = to_model_config(CASES[name])
     table = FAMILIES[name].rows(config)
-    like = models.abstract_params(models.Decoder(config))
+    like = models.abstract_params(models.build(config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), like)
     tensors = {e.name: e.make() for e in exports(table, params)}
@@ -127,7 +154,7 @@ def test_weights_both_ways_bit_for_bit(name):
         where, shapes = "memory", {n: x.shape for n, x in tensors.items()}
         read = staticmethod(lambda name, *rows: tensors[name][slice(*rows) if rows else ...])
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, load(Source, table, like), params)))
-    apart = load(Source, table, models.abstract_params(models.Decoder(unrolled(config))))
+    apart = load(Source, table, models.abstract_params(models.build(unrolled(config))))
     again = {e.name: e.make() for e in exports(table, apart)}
     assert set(again) == set(tensors) and all(np.array_equal(again[n], x) for n, x in tensors.items())
 
@@ -172,6 +199,31 @@ def test_windows_and_scales_are_data():
     assert [layer.mixer.scale for layer in both.layers] == [1.0, 0.5, 1 / 3, 0.25]
 
 
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("bert", {"architectures": ["BertForMultipleChoice"]}, "the architecture 'BertForMultipleChoice' is not read; of this family are BertModel, BertForMaskedLM"),
+    ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+    ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type=['p2p']"), ("deberta-v2", {"conv_kernel_size": 3}, "conv_kernel_size=3"),
+    ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling='max'"), ("t5", {"feed_forward_proj": "gated-sillu"}, "feed_forward_proj='gated-sillu'"),
+    ("t5", {"architectures": ["T5ForTokenClassification"]}, "'T5ForTokenClassification' is not read"), ("bart", {"normalize_before": True}, "normalize_before=True"),
+])
+def test_encoders_name_what_they_do_not_read(name, change, words):
+    with pytest.raises(CheckpointError) as error:
+        to_model_config({**CASES[name], **change})
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_heads_and_labels():
+    bert = CASES["bert"]
+    tags = to_model_config({**bert, "architectures": ["BertForTokenClassification"], "id2label": {"10": "c", "2": "b", "0": "a"}})
+    assert tags.head == TokenHead(("a", "b", "c")) and to_hf(tags)["label2id"] == {"a": 0, "b": 1, "c": 2} and to_hf(tags)["architectures"] == ["BertForTokenClassification"]
+    assert to_model_config({k: v for k, v in bert.items() if k != "architectures"}).head == NoHead(Transform("tanh"))
+    assert to_model_config(CASES["modernbert"]).head.pooling == "mean" and to_model_config(CASES["modernbert"]).layers[1].mixer.window == 5
+    with pytest.raises(CheckpointError, match="has no class with a ReplacedHead"):
+        to_hf(dc.replace(tags, head=ReplacedHead(Transform("gelu"))))
+    with pytest.raises(CheckpointError, match=r"cannot express head\.transform\.activation='relu'"):
+        to_hf(dc.replace(to_model_config(bert), head=MaskedHead(Transform("relu", norm=True), spare_bias=True)))
+
+
 def test_ids():
     llama = CASES["llama"]
     assert to_model_config({**llama, "eos_token_id": [5, 6]}).end_tokens == (5, 6)
@@ -186,7 +238,7 @@ def test_ids():
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "wobble": 3}}, "wobble='3'"),
     ({"attention_chunk_size": 8}, "attention_chunk_size='8' is a field this version does not know"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantised"),
-    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: bert, bloom"),
+    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: bart, bert"),
     ({"num_attention_heads": 3}, "heads=3 is not a multiple of kv_heads=2"),
     ({"num_hidden_layers": "three"}, "num_hidden_layers='three': a whole number"),
     ({"hidden_size": None}, "hidden_size is null"),

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.checkpoint.families import (
+    bart,
     bert,
     bloom,
     cohere,
     cohere2,
     dbrx,
+    deberta_v2,
+    deberta_v2_legacy,
     deepseek_v2,
     deepseek_v3,
     distilbert,
@@ -32,6 +35,7 @@ from llmjax.checkpoint.families import (
     ministral3,
     mistral,
     mixtral,
+    modernbert,
     mpt,
     nanochat,
     olmo2,
@@ -57,7 +61,7 @@ from llmjax.core.model_config import ModelConfig, NoHead
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
     ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat,
-    bert, roberta, xlm_roberta, distilbert, electra, t5)}
+    bert, roberta, xlm_roberta, distilbert, electra, t5, bart, modernbert, deberta_v2, deberta_v2_legacy)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 

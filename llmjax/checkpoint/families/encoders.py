@@ -85,12 +85,12 @@ def stacked(stack: str, *rows: Row) -> tuple[Row, ...]:
     return tuple(dc.replace(row, stack=stack) for row in rows)
 
 
-def bert_rows(lead: str) -> tuple[Row, ...]:
-    """Embeddings and layers of BERT and its kin; names begin with `lead`."""
+def bert_rows(lead: str, qkv: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """Embeddings and layers of BERT and its kin; names begin with `lead`. qkv: other names of the three projections."""
     L, E = lead + "encoder.layer.{l}.", lead + "embeddings."
     return (Row(E + "word_embeddings.weight", "embed/table"), Row(E + "position_embeddings.weight", "positions/table"), Row(E + "token_type_embeddings.weight", "types/table"),
             *norm(E + "LayerNorm", "embed_norm"),
-            *attention(*(L + f"attention.self.{name}" for name in ("query", "key", "value")), L + "attention.output.dense"), *norm(L + "attention.output.LayerNorm", "norm_mixer_out"),
+            *attention(*(qkv or (L + f"attention.self.{name}" for name in ("query", "key", "value"))), L + "attention.output.dense"), *norm(L + "attention.output.LayerNorm", "norm_mixer_out"),
             *dense(L + "intermediate.dense", "ffn/up"), *dense(L + "output.dense", "ffn/down"), *norm(L + "output.LayerNorm", "norm_ffn_out"))
 
 
