@@ -29,8 +29,11 @@ PORTION = 4 << 20                                  # numbers of a large tensor t
 
 class Source(Protocol):
     """Named tensors that can be read one at a time, or some rows of one. `where` names the file or folder in errors; `shapes` maps each name to its shape."""
-    where: str
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
