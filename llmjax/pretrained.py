@@ -87,7 +87,7 @@ def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]
         file = gguf_file.Gguf(place)
         return gguf_models.to_model_config(file), file, gguf_models.table(file)
     config = folder.read_config(place)
-    return config, safetensors_file.open_folder(place), family_of(config.family).table
+    return config, folder.open_weights(place), family_of(config.family).table
 
 
 def read_tokenizer(place: pathlib.Path, source: Any) -> tokenizers.Tokenizer | None:
