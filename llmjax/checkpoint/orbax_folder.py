@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmjax.checkpoint.safetensors_file import read_json
-from llmjax.checkpoint.store import Store
+from llmjax.checkpoint.store import Store, full_disk
 from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import ModelConfig
 from llmjax.core.override import from_json, to_json
@@ -100,19 +100,20 @@ def write(folder: pathlib.Path, config: ModelConfig, params: Any, others: Callab
     folder = folder.absolute()
     scratch, old = (folder.with_name(f".{word}-{os.getpid()}-{folder.name}") for word in ("writing", "replaced"))
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        (scratch / MODEL).write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
-        if others:
-            others(scratch)
-        store = Store(scratch / "params", keep=1)
-        try:
-            store.save(0, params, wait=True)
-        finally:
-            store.close()
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(scratch, folder)
+        with full_disk(folder):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            (scratch / MODEL).write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
+            if others:
+                others(scratch)
+            store = Store(scratch / "params", keep=1)
+            try:
+                store.save(0, params, wait=True)
+            finally:
+                store.close()
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if old.exists() and not folder.exists():
