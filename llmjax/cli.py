@@ -15,7 +15,7 @@ VERBS = {
     "generate": "continue prompts, for scripts",
     "chat": "talk with a model",
     "eval": "loss, perplexity and bits per byte on a text or jsonl file",
-    "convert": "write any readable checkpoint in Hugging Face layout",
+    "convert": "write any readable checkpoint in another layout: Hugging Face, GGUF, Orbax",
     "tokenizer": "train a tokenizer, encode, decode",
     "data": "build a run's tokenizer and token shards without training",
     "show": "print a resolved configuration, its sharding, or a checkpoint's configuration",
@@ -88,11 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
     p.add_argument("--json", action="store_true", help="one JSON line")
 
-    p = add("convert", "example: llmjax convert smollm2 out/ --dtype=float32")
-    p.add_argument("source", help=MODEL)
-    p.add_argument("target", help="the folder to write")
-    p.add_argument("--to", choices=["hf"], default="hf", help="the layout to write (hf)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the weights written (bfloat16)")
+    p = add("convert", "examples: llmjax convert smollm2 out/ --dtype=float32\n          llmjax convert hf:org/name model.gguf --to=gguf --dtype=q8_0 --check\n"
+                       "          llmjax convert runs/a params/ --to=orbax")
+    p.add_argument("source", help=MODEL + ", or a folder of Orbax parameters")
+    p.add_argument("target", help="the folder (hf, orbax) or .gguf file to write")
+    p.add_argument("--to", choices=["hf", "gguf", "orbax"], default="hf", help="the layout to write (hf)")
+    p.add_argument("--dtype", default="bfloat16", help="of the weights written: float32, bfloat16, float16, and in gguf q8_0, q5_1, q5_0, q4_1, q4_0 (bfloat16)")
+    p.add_argument("--check", action="store_true", help="load what was written and compare logits; status 1 where the written dtype does not explain the difference")
+    p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of this layout that is there; it stays until the new one is whole")
+    p.add_argument("--no-tokenizer", "--no_tokenizer", action="store_true", help="leave the tokenizer out")
+    p.add_argument("--report", metavar="FILE", help="write the account of every tensor, JSON where the name ends in .json, else text")
+    p.add_argument("--verbose", action="store_true", help="show every tensor")
 
     p = add("tokenizer", "examples: llmjax tokenizer train a.txt b.txt --out=tok --vocab-size=8192\n          llmjax tokenizer encode --tokenizer=tok --text='Hello'\n"
                          "          llmjax tokenizer decode --tokenizer=tok --ids='1 2 3'")
@@ -216,10 +222,12 @@ def on_eval(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def on_convert(args: argparse.Namespace, _: list[str]) -> int:
-    from llmjax import run
-    done = run.convert(args.source, args.target, dtype=args.dtype)
-    print(f"{done['target']}: {done['family']}, {done['parameters']:,} parameters in {done['dtype']}, {'with' if done['tokenizer'] else 'without'} a tokenizer")
-    return 0
+    from llmjax import convert
+    done = convert.convert(args.source, args.target, to=args.to, dtype=args.dtype, check=args.check, overwrite=args.overwrite, tokenizer=not args.no_tokenizer)
+    if args.report:
+        convert.write_report(args.report, done)
+    print("\n".join(convert.lines(done, None if args.verbose else 3)))
+    return 0 if done.check is None or done.check.passed else 1
 
 
 def on_tokenizer(args: argparse.Namespace, _: list[str]) -> int:

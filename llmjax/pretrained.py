@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import dataclasses as dc
 import pathlib
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from llmjax import models, tokenizers
-from llmjax.checkpoint import fetch, folder, safetensors_file, table
+from llmjax.checkpoint import fetch, folder, orbax_folder, safetensors_file, table
 from llmjax.checkpoint.families import table_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.mesh import RULES, Layout, Rules, shardings
@@ -32,11 +33,11 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
     if text.startswith("hf:"):
         return fetch.hub(text[3:])
     if path.is_dir():
-        if (path / "config.json").exists() and not (path / "hf" / "config.json").exists():
-            return path
         if (path / "hf" / "config.json").exists():
             return path / "hf"
-        if (path / "checkpoints").is_dir():
+        if orbax_folder.is_parameters(path) or orbax_folder.is_run(path):
+            return path
+        if (path / "checkpoints").is_dir() and ((not (path / "config.json").exists()) or orbax_folder.is_run_config(path)):
             raise FileNotFoundError(f"{path}: a run that has saved no model yet (there is no {path / 'hf'}); let it reach its end, or start it again on this folder")
         return path
     if path.is_file():
@@ -62,13 +63,15 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
     place = locate(path)
     compute = Compute(dtype=dtype, param_dtype=param_dtype or dtype)
     config, source, rows = open_checkpoint(place)
-    model = models.build(config, compute, Layout(rules=rules))
+    tokenizer = read_tokenizer(place, source)
+    model = models.build(with_ids(config, tokenizer) if orbax_folder.is_run(place) else config, compute, Layout(rules=rules))
     like = models.abstract_params(model)
     if mesh is not None:
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings(models.labels(model), like, mesh, rules))
-    tokenizer = read_tokenizer(place, source)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, place)
+    if isinstance(source, orbax_folder.Parameters):
+        return model, source.load(like), tokenizer
     sizes = flatten(like)
     with tqdm(total=nbytes(like), desc="weights", unit="B", unit_scale=True, delay=1.0, disable=None, leave=False) as bar:
         params = table.load(source, rows, like, lambda name: bar.update(sizes[name].size * sizes[name].dtype.itemsize))
@@ -76,21 +79,33 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
 
 
 def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]:
-    """(configuration, source of tensors, table) of a folder or a GGUF file."""
+    """(configuration, source of tensors, table) of a folder or a GGUF file; stored parameters (Orbax) have no table."""
+    if orbax_folder.is_parameters(place) or orbax_folder.is_run(place):
+        return *orbax_folder.open_folder(place), table.Table(())
     if place.suffix == ".gguf" and place.is_file():
         from llmjax.checkpoint import gguf_file, gguf_models
         file = gguf_file.Gguf(place)
         return gguf_models.to_model_config(file), file, gguf_models.table(file)
     config = folder.read_config(place)
-    return config, safetensors_file.open_folder(place), table_of(config)
+    return config, folder.open_weights(place), table_of(config)
 
 
 def read_tokenizer(place: pathlib.Path, source: Any) -> tokenizers.Tokenizer | None:
     if place.is_file():
-        return tokenizers.from_gguf(source.fields) if "tokenizer.ggml.model" in source.fields else None
+        return tokenizers.from_gguf(source.fields) if source.fields.get("tokenizer.ggml.model", "no_vocab") != "no_vocab" else None
+    place = place / "data" / "tokenizer" if orbax_folder.is_run(place) else place
     if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")):
         return tokenizers.load(place)
     return None
+
+
+def with_ids(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None) -> ModelConfig:
+    """A configuration with the tokenizer's special ids where it names none."""
+    if tokenizer is None:
+        return config
+    ends = config.end_tokens or (() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    start, pad = (mine if mine is not None else theirs for mine, theirs in ((config.bos_token, tokenizer.bos_id), (config.pad_token, tokenizer.pad_id)))
+    return dc.replace(config, end_tokens=ends, bos_token=start, pad_token=pad)
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, config: ModelConfig, place: pathlib.Path) -> None:
@@ -118,12 +133,17 @@ def save(path: str | pathlib.Path, model: Any, params: dict[str, Any], tokenizer
     target, config = pathlib.Path(path).expanduser(), model.config
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, target)
-    rows = table_of(config)
+    given = check_params(target, model, params, table_of(config))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    with tqdm(total=given, desc=f"saving {total / 1e9:.2f} GB", unit="tensor", delay=1.0, disable=None, leave=False) as bar:
+        folder.write(target, config, params, tokenizer.save if tokenizer is not None else None, shard_bytes, lambda _: bar.update())
+
+
+def check_params(target: pathlib.Path, model: models.Decoder, params: dict[str, Any], rows: table.Table) -> int:
+    """How many tensors a table makes of the parameters. Raises CheckpointError, naming the first tensor, where they are not this model's."""
     wanted = {cell.name: cell.shape for cell in table.cells(rows, flatten(models.abstract_params(model)))}
     given = {cell.name: cell.shape for cell in table.cells(rows, flatten(params))}
     for name in sorted({**wanted, **given}):
         if wanted.get(name) != given.get(name):
             raise CheckpointError(f"{target}: params are not this model's: {name!r} would be {given.get(name, 'absent')}, model.config makes it {wanted.get(name, 'absent')}")
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    with tqdm(total=len(given), desc=f"saving {total / 1e9:.2f} GB", unit="tensor", delay=1.0, disable=None, leave=False) as bar:
-        folder.write(target, config, params, tokenizer.save if tokenizer is not None else None, shard_bytes, lambda _: bar.update())
+    return len(given)

@@ -108,10 +108,7 @@ def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
     c: ModelConfig = config.model
     if tokenizer.vocab_size > c.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size={c.vocab_size} is too small; set --config.model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}")
-    if not c.end_tokens and tokenizer.eos_id is not None:
-        c = dc.replace(c, end_tokens=(tokenizer.eos_id,))
-    c = dc.replace(c, bos_token=c.bos_token if c.bos_token is not None else tokenizer.bos_id, pad_token=c.pad_token if c.pad_token is not None else tokenizer.pad_id)
-    return models.Decoder(c, config.compute, config.layout)
+    return models.Decoder(pretrained.with_ids(c, tokenizer), config.compute, config.layout)
 
 
 def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store) -> tuple[train.State, dict]:
@@ -242,7 +239,7 @@ def ask(lines: Any) -> str | None:
         return None
 
 
-# eval, convert, tokenizer, data, show
+# eval, tokenizer, data, show (convert has a room of its own)
 
 def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None, progress: bool = True) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens."""
@@ -256,13 +253,6 @@ def evaluate(model: str, file: str, *, context: int | None = None, batch_size: i
         from tqdm import tqdm
         batches = tqdm(batches, desc="scoring", unit="batch", disable=None)
     return train.evaluate(module.apply, params, batches, tokenizer.token_lengths(), module.config.vocab_size)
-
-
-def convert(source: str, target: str, *, dtype: DType = "bfloat16") -> dict[str, Any]:
-    """A checkpoint of any kind that can be read, written in Hugging Face layout with weights in `dtype`."""
-    module, params, tokenizer = pretrained.load(source, dtype=dtype)
-    pretrained.save(target, module, params, tokenizer)
-    return {"family": module.config.family, "parameters": size(params), "dtype": dtype, "tokenizer": tokenizer is not None, "target": str(target)}
 
 
 def train_tokenizer(files: list[str], out: str, *, vocab_size: int = 8192, field: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llmjax.checkpoint.quantized import scheme_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 
@@ -106,10 +107,8 @@ class Fields:
 
     def finish(self, harmless: Iterable[str] = HARMLESS) -> None:
         """Raises CheckpointError for a field that nobody asked for and that is on."""
-        if self.values.get("quantization_config"):
-            kind = self.values["quantization_config"]
-            kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
-            raise CheckpointError(f"{self.where}: the weights are quantised ({kind}), which this version does not read; take the unquantised checkpoint or a GGUF file")
+        self.asked.add("quantization_config")
+        scheme_of(self.values.get("quantization_config"), self.where)
         for name, value in self.values.items():
             if name not in self.asked and name not in harmless and value not in (None, False, [], {}, ""):
                 raise CheckpointError(f"{self.where}: {name}={str(value)[:60]!r} is a field this version does not know, and it may change the answer; remove it if it does not")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from llmjax.checkpoint import families, safetensors_file
+from llmjax.checkpoint import families, quantized, safetensors_file
 from llmjax.checkpoint.table import exports
 from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import ModelConfig
@@ -22,6 +22,12 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         raise FileNotFoundError(f"{folder}: there is no config.json; name a folder in Hugging Face layout, a .gguf file, hf:org/name, or a known model")
     more = safetensors_file.read_json(generation) if generation.exists() else None
     return families.to_model_config(safetensors_file.read_json(file), more, str(file))
+
+
+def open_weights(folder: pathlib.Path) -> Any:
+    """The tensors of a folder, dequantised while they are read where its config.json says that they are quantised. Raises as `safetensors_file.open_folder` does."""
+    file = folder / "config.json"
+    return quantized.opened(safetensors_file.open_folder(folder), quantized.scheme_of(safetensors_file.read_json(file).get("quantization_config"), str(file)))
 
 
 def write(folder: pathlib.Path, config: ModelConfig, params: Any, others: Callable[[pathlib.Path], None] | None = None, shard_bytes: int = safetensors_file.SHARD_BYTES,

@@ -71,6 +71,10 @@ class Gguf:
                 raise CheckpointError(f"{file}: truncated: the tensor {name!r} should end at byte {start + offset + n}, the file has {size}; copy or download it again")
             self.shapes[name], self._places[name] = shape, (qtype, start + offset, n)
 
+    def describe(self, name: str) -> tuple[str, str]:
+        """(the block type of a tensor, the file it stands in)."""
+        return self._places[name][0].name, self.file.name
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to before `stop` -> float32 (float16 and float64 as they are stored)."""
         from gguf import GGMLQuantizationType as Kind

@@ -1,23 +1,24 @@
-"""GGUF models: metadata -> ModelConfig, and the tensor table of each architecture (the naming of llama.cpp's gguf-py/gguf/constants.py).
+"""GGUF models: metadata <-> ModelConfig, and the tensor table of each architecture (the naming of llama.cpp's gguf-py/gguf/constants.py).
 
 What differs from the Hugging Face layout: llama keeps the two halves of each rotated pair as neighbours (rows of q and k are un-permuted here), Gemma's norm scales are kept
-as 1 + w, Llama 3's rotary scaling is a tensor of factors, a tied head is an absent `output.weight`, and what llama.cpp fixes in its source stands here as numbers.
+as 1 + w, Llama 3's rotary scaling is a tensor of factors, a tied head is an absent `output.weight`, GPT-2's kernels are transposed, experts are stacked, and what llama.cpp fixes
+in its source stands here as numbers. It has no window for Phi-3 and StarCoder2: the key is written and read here, there it changes nothing.
 """
 from __future__ import annotations
 
 import dataclasses as dc
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from llmjax.checkpoint.families.base import scale_of
-from llmjax.checkpoint.gguf_file import Gguf
-from llmjax.checkpoint.table import Row, Table
+from llmjax.checkpoint.families import difference
+from llmjax.checkpoint.families.base import plain, scale_of
+from llmjax.checkpoint.gguf_meta import File, Head, Meta, decoder_fields, divisors_of, finish, layer_norm_of, mixer_of, norm_of, rope_of
+from llmjax.checkpoint.table import Row, Table, cells
 from llmjax.core.errors import CheckpointError, ConfigError
-from llmjax.core.model_config import Attention, Layer, LinearScaling, Llama3Scaling, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, Yarn, find_cycle
+from llmjax.core.model_config import Layer, MixtureOfExperts, Mlp, ModelConfig, QKNorm, Rope
 
 B = "blk.{l}."
 
@@ -49,47 +50,16 @@ PRE = dict(attn_norm="norm_mixer", ffn_norm="norm_ffn")
 SANDWICH = dict(attn_norm="norm_mixer", post_attention_norm="norm_mixer_out", ffn_norm="norm_ffn", post_ffw_norm="norm_ffn_out")
 QK = dict(attn_q_norm="mixer/q_norm", attn_k_norm="mixer/k_norm")
 UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"rope_freqs")       # read into the configuration, or buffers of old files
-HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",
-            "feed_forward_length", "expert_used_count", "attention.layer_norm_epsilon")
 COPIES = (("output.weight", "token_embd.weight"),)
+FUSED = (Row(B + "attn_qkv.weight", ("mixer/q", "mixer/k", "mixer/v"), "[n h] d -> d n h"), Row(B + "attn_qkv.bias", ("mixer/q_bias", "mixer/k_bias", "mixer/v_bias"), "[n h] -> n h"))
 
 
-class Meta:
-    """A file's metadata under its architecture's name; it remembers what was asked for."""
-
-    def __init__(self, file: Gguf, arch: str):
-        self.file, self.arch = file, arch
-        self.asked = set(HARMLESS)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return self.file.fields.get(f"{self.arch}.{key}", default)
-
-    def need(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise CheckpointError(f"{self.file.where}: its metadata lack {self.arch}.{key}; convert it again with a current llama.cpp")
-        return value
-
-    def one(self, key: str, default: Any = None) -> Any:
-        """A number that may be given as one per layer. Raises CheckpointError where layers differ."""
-        value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, list):
-            if len(set(value)) > 1:
-                raise CheckpointError(f"{self.file.where}: {self.arch}.{key} differs from layer to layer, which this version does not read")
-            value = value[0]
-        return value
+def with_biases(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """LayerNorms: each row of a scale, and that of its bias."""
+    return (*rows, *(Row(row.name.removesuffix("weight") + "bias", str(row.path).removesuffix("scale") + "bias") for row in rows if str(row.path).endswith("scale")))
 
 
-    def finish(self) -> None:
-        """Raises CheckpointError for a key of this architecture that nobody asked for and that is on."""
-        for key, value in self.file.fields.items():
-            lead, _, name = key.partition(".")
-            if lead == self.arch and name not in self.asked and value not in (0, None, False, "", [], "none"):
-                raise CheckpointError(f"{self.file.where}: {key}={str(value)[:60]!r} is a setting this version does not know, and it may change what the model answers")
-
-
-def to_model_config(file: Gguf) -> ModelConfig:
+def to_model_config(file: File) -> ModelConfig:
     """The ModelConfig of a GGUF file. Raises CheckpointError for an unknown architecture, missing metadata and what the architecture's reader does not know."""
     reader = architecture(file).read
     meta = Meta(file, file.fields["general.architecture"])
@@ -101,74 +71,16 @@ def to_model_config(file: Gguf) -> ModelConfig:
         raise CheckpointError(f"{file.where}: {error}") from error
 
 
-def table(file: Gguf) -> Table:
+def table(file: File) -> Table:
     arch = architecture(file)
     return arch.experts if file.fields.get(f"{file.fields['general.architecture']}.expert_count") and arch.experts else arch.table
 
 
-def architecture(file: Gguf) -> Architecture:
+def architecture(file: File) -> Architecture:
     name = file.fields.get("general.architecture")
     if name not in ARCHITECTURES:
         raise CheckpointError(f"{file.where}: the GGUF architecture {name!r} is not read by this version; known: {', '.join(sorted(ARCHITECTURES))}")
     return ARCHITECTURES[name]
-
-
-def rope_of(m: Meta, size: int, swapped: str = "") -> Rope:
-    """The rotary settings; `rope_freqs.weight` (one divisor per frequency) is turned back into the Llama 3 scaling it was made from."""
-    if m.get("rope.dimension_count", size) != size:
-        raise CheckpointError(f"{m.file.where}: rope.dimension_count={m.get('rope.dimension_count')} of heads of {size}: partial rotation is not part of this architecture")
-    theta = float(m.get("rope.freq_base", 10_000.0))
-    kind, factor = m.get("rope.scaling.type", "none"), m.get("rope.scaling.factor", m.get("rope.scale_linear", 1.0))
-    kind = "linear" if kind == "none" and m.get("rope.scale_linear", 1.0) not in (0.0, 1.0) else kind
-    context = int(m.get("rope.scaling.original_context_length", 0)) or int(m.need("context_length"))
-    if "rope_freqs.weight" in m.file.shapes:
-        return Rope(theta, scaling=llama3(m, theta, size, m.file.read("rope_freqs.weight").astype(np.float64)))
-    if kind == "none" or factor in (0.0, 1.0):
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, scaling=LinearScaling(float(factor)))
-    if kind == "yarn":
-        return Rope(theta, scaling=Yarn(float(factor), context, float(m.get("rope.scaling.yarn_beta_fast", 32.0)), float(m.get("rope.scaling.yarn_beta_slow", 1.0))))
-    raise CheckpointError(f"{m.file.where}: the rotary scaling {kind!r} is unknown; known: none, linear, yarn")
-
-
-def llama3(m: Meta, theta: float, size: int, divisors: np.ndarray) -> Llama3Scaling | None:
-    """The scaling whose divisors the file holds. Only its result is stored, so the published setting (1 and 4) is tried with every context until it gives these numbers."""
-    if np.allclose(divisors, 1.0):
-        return None
-    factor = float(divisors.max())
-    factor = float(round(factor)) if math.isclose(factor, round(factor), rel_tol=1e-4) else factor
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
-    given = m.get("rope.scaling.original_context_length")
-    for context in [given] * bool(given) + [8192] + [2 ** i for i in range(4, 21)]:
-        smooth = np.clip((context / wavelengths - 1.0) / 3.0, 0.0, 1.0)
-        if divisors.shape == smooth.shape and np.allclose(1.0 / ((1.0 - smooth) / factor + smooth), divisors, rtol=1e-3):
-            return Llama3Scaling(factor, 1.0, 4.0, int(context))
-    raise CheckpointError(f"{m.file.where}: rope_freqs.weight holds divisors that no Llama 3 scaling (low 1, high 4) gives; use the Hugging Face checkpoint")
-
-
-def finish(m: Meta, family: str, layers: list[Layer], norm: Norm, **more: Any) -> ModelConfig:
-    """The ModelConfig of these layers with what every architecture says alike."""
-    fields, embed = m.file.fields, m.file.shapes.get("token_embd.weight")
-    if embed is None:
-        raise CheckpointError(f"{m.file.where}: it has no token_embd.weight; only whole models are read")
-    known = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
-    ends = tuple(dict.fromkeys(i for i in (known["eos"], known["eot"], known["eom"]) if i is not None))
-    return ModelConfig(embed[0], int(m.need("embedding_length")), **find_cycle(tuple(layers)), norm=norm, tied="output.weight" not in m.file.shapes,
-                       context=int(m.need("context_length")), bos_token=known["bos"], end_tokens=ends, pad_token=known["padding"], family=family, **more)
-
-
-def mixer_of(m: Meta, rope: bool = True, **more: Any) -> Attention:
-    heads, dim = int(m.one("attention.head_count")), int(m.need("embedding_length"))
-    size = int(m.get("attention.key_length", dim // heads))
-    if m.get("attention.value_length", size) != size:
-        raise CheckpointError(f"{m.file.where}: keys of {size} and values of {m.get('attention.value_length')} numbers per head are not part of this architecture")
-    return Attention(heads, int(m.one("attention.head_count_kv", heads)), size, rope_of(m, size), qkv_bias="blk.0.attn_q.bias" in m.file.shapes,
-                     out_bias="blk.0.attn_output.bias" in m.file.shapes, **more)
-
-
-def norm_of(m: Meta, offset: float = 0.0) -> Norm:
-    return Norm(eps=float(f"{m.need('attention.layer_norm_rms_epsilon'):.6g}"), offset=offset)     # the file keeps 1e-5 in float32
 
 
 def read_llama(m: Meta) -> ModelConfig:
@@ -211,19 +123,129 @@ def read_gemma3(m: Meta) -> ModelConfig:
     return finish(m, "gemma3", layers, norm, embed_scale=int(m.need("embedding_length")) ** 0.5, logit_softcap=cap and float(cap))
 
 
+def read_qwen3moe(m: Meta) -> ModelConfig:
+    norm = norm_of(m)
+    ffn = MixtureOfExperts(int(m.need("expert_count")), int(m.need("expert_used_count")), int(m.need("expert_feed_forward_length")))
+    return finish(m, "qwen3_moe", [Layer(mixer_of(m, qk_norm=QKNorm(norm)), ffn)] * int(m.need("block_count")), norm)
+
+
+def read_phi3(m: Meta) -> ModelConfig:
+    if any(name.startswith("rope_factors") for name in m.file.shapes):
+        raise CheckpointError(f"{m.file.where}: its rotary factors for long and short texts (rope_factors_long) are not read by this version; take the model with the short context")
+    mixer = mixer_of(m, partial=True, fused="blk.0.attn_qkv.weight" in m.file.shapes, window=int(m.get("attention.sliding_window", 0)) or None)
+    return finish(m, "phi3", [Layer(mixer, Mlp(int(m.one("feed_forward_length"))))] * int(m.need("block_count")), norm_of(m))
+
+
+def read_gpt2(m: Meta) -> ModelConfig:
+    mixer = replace(mixer_of(m, fused=True), rope=None)
+    ffn = Mlp(int(m.one("feed_forward_length")), "gelu_tanh", gated=False, bias=True)
+    positions = m.file.shapes.get("position_embd.weight", (0,))[0]
+    return finish(m, "gpt2", [Layer(mixer, ffn)] * int(m.need("block_count")), layer_norm_of(m), learned_positions=positions)
+
+
+def read_starcoder2(m: Meta) -> ModelConfig:
+    mixer = mixer_of(m, window=int(m.get("attention.sliding_window", 0)) or None)
+    ffn = Mlp(int(m.one("feed_forward_length")), "gelu_tanh", gated=False, bias="blk.0.ffn_up.bias" in m.file.shapes)
+    return finish(m, "starcoder2", [Layer(mixer, ffn)] * int(m.need("block_count")), layer_norm_of(m))
+
+
+# The way back
+
+def write_mixture(config: ModelConfig) -> dict[str, Any]:
+    ffn = config.layers[0].ffn
+    return decoder_fields(config) | ({"expert_count": ffn.experts, "expert_used_count": ffn.top_k} if isinstance(ffn, MixtureOfExperts) else {})
+
+
+def write_qwen3moe(config: ModelConfig) -> dict[str, Any]:
+    return {**write_mixture(config), "expert_feed_forward_length": config.layers[0].ffn.hidden}
+
+
+def write_window(config: ModelConfig) -> dict[str, Any]:
+    window = next((layer.mixer.window for layer in config.layers if layer.mixer.window), None)
+    return decoder_fields(config) | ({"attention.sliding_window": window} if window else {})
+
+
+def write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    mixer: Any = config.layers[0].mixer
+    return {**write_window(config), "attn_logit_softcapping": mixer.softcap or 0.0, "final_logit_softcapping": config.logit_softcap or 0.0}
+
+
+def write_gemma3(config: ModelConfig) -> dict[str, Any]:
+    """llama.cpp knows the layers that see all by their place, every sixth; another pattern is told."""
+    mixers = [layer.mixer for layer in config.layers]
+    far, near = (next((x.rope for x in mixers if (x.window is None) == whole), None) for whole in (True, False))
+    every = next((i + 1 for i, x in enumerate(mixers) if x.window is None), 6)
+    first = replace(config.layers[0], mixer=replace(mixers[0], rope=far or Rope(1_000_000.0)))
+    out = write_window(replace(config, prefix=(first, *config.layers[1:]), cycle=(), repeats=0, suffix=()))
+    out |= {"rope.freq_base_swa": near.theta} if near and near.theta != 10_000.0 else {}
+    return out | ({"attention.sliding_window_pattern": every} if every != 6 else {}) | ({"final_logit_softcapping": config.logit_softcap} if config.logit_softcap else {})
+
+
 @dc.dataclass(frozen=True)
 class Architecture:
-    """read: metadata -> ModelConfig. table: its tensors; experts: those of its mixture-of-experts models."""
+    """families: the families whose models it holds. read: metadata -> ModelConfig. write: the way back, keys without the architecture's name (what it cannot say is found by
+    reading it back). table: its tensors; experts: those of its mixture-of-experts models."""
+    families: tuple[str, ...]
     read: Callable[[Meta], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
     table: Table
     experts: Table | None = None
 
 
+PLAIN = (*top(), *attention(False), *MLP)
+POSITIONS = Row("position_embd.weight", "positions/table")
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(read_llama, Table((*top(), *attention(True), *MLP, *norms(**PRE)), extras=UNUSED, copies=COPIES),
+    "llama": Architecture(("llama", "mistral", "mixtral"), read_llama, write_mixture, Table((*top(), *attention(True), *MLP, *norms(**PRE)), extras=UNUSED, copies=COPIES),
                           Table((*top(), *attention(True), *EXPERTS, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
-    "qwen2": Architecture(read_qwen, Table((*top(), *attention(False), *MLP, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
-    "qwen3": Architecture(read_qwen, Table((*top(), *attention(False), *MLP, *norms(**PRE), *norms(**QK)), extras=UNUSED, copies=COPIES)),
-    "gemma2": Architecture(read_gemma2, Table((*top(1.0), *attention(False), *MLP, *norms(1.0, **SANDWICH)), copies=COPIES)),
-    "gemma3": Architecture(read_gemma3, Table((*top(1.0), *attention(False), *MLP, *norms(1.0, **SANDWICH), *norms(1.0, **QK)), copies=COPIES)),
+    "qwen2": Architecture(("qwen2",), read_qwen, decoder_fields, Table((*PLAIN, *norms(**PRE)), extras=UNUSED, copies=COPIES)),
+    "qwen3": Architecture(("qwen3",), read_qwen, decoder_fields, Table((*PLAIN, *norms(**PRE), *norms(**QK)), extras=UNUSED, copies=COPIES)),
+    "qwen3moe": Architecture(("qwen3_moe",), read_qwen3moe, write_qwen3moe, Table((*top(), *attention(False), *EXPERTS, *norms(**PRE), *norms(**QK)), copies=COPIES)),
+    "gemma2": Architecture(("gemma2",), read_gemma2, write_gemma2, Table((*top(1.0), *attention(False), *MLP, *norms(1.0, **SANDWICH)), copies=COPIES)),
+    "gemma3": Architecture(("gemma3",), read_gemma3, write_gemma3, Table((*top(1.0), *attention(False), *MLP, *norms(1.0, **SANDWICH), *norms(1.0, **QK)), copies=COPIES)),
+    "phi3": Architecture(("phi3",), read_phi3, write_window, Table((*top(), FUSED[0], *attention(False), *norms(**PRE),
+                                                                  Row(B + "ffn_up.weight", ("ffn/gate", "ffn/up"), "[f] d -> d f"), MLP[-1]), copies=COPIES)),
+    "gpt2": Architecture(("gpt2",), read_gpt2, decoder_fields, Table((*with_biases((*top(), *norms(**PRE))), POSITIONS, *FUSED, *attention(False)[2:4], *MLP), copies=COPIES)),
+    "starcoder2": Architecture(("starcoder2",), read_starcoder2, write_window, Table((*with_biases((*top(), *norms(**PRE))), *attention(False), *MLP), extras=UNUSED, copies=COPIES)),
 }
+
+
+def to_gguf(config: ModelConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any], Table, dict[str, np.ndarray]]:
+    """A model as GGUF says it -> (metadata with the architecture and the special tokens in it, the table of its tensors, small tensors beside them).
+
+    params: {"cycle/0/mixer/q": leaf}, of which shapes are read alone. Raises CheckpointError where no architecture holds the family, naming those that do, and for the first field
+    that its metadata cannot express.
+    """
+    name = next((name for name, arch in ARCHITECTURES.items() if config.family in arch.families), None)
+    if name is None:
+        known = ", ".join(sorted(family for arch in ARCHITECTURES.values() for family in arch.families))
+        raise CheckpointError(f"models of the family {config.family!r} are not written as GGUF by this version; known: {known}")
+    arch = ARCHITECTURES[name]
+    if len(config.end_tokens) > 3:
+        raise CheckpointError(f"GGUF has room for three end tokens, the model has {len(config.end_tokens)}: {config.end_tokens}; keep the ones that are used")
+    ids = {"bos": config.bos_token, "padding": config.pad_token, **dict(zip(("eos", "eot", "eom"), config.end_tokens))}
+    fields = {"general.architecture": name, **{f"{name}.{key}": value for key, value in arch.write(config).items()},
+              **{f"tokenizer.ggml.{role}_token_id": value for role, value in ids.items() if value is not None}}
+    mixer = config.layers[0].mixer
+    small = divisors_of(mixer.rope, mixer.head_dim)
+    rows = arch.experts if f"{name}.expert_count" in fields and arch.experts else arch.table
+    shapes = {cell.name: cell.shape for cell in cells(rows, params)} | {key: x.shape for key, x in small.items()}
+    again = to_model_config(Head("the GGUF file to be written", {k: stored(v) for k, v in fields.items()}, shapes, small))
+    found = difference(rounded(plain(config)), rounded(plain(replace(again, family=config.family))))
+    if found:
+        where = found[0].replace("prefix[", "layers[")
+        raise CheckpointError(f"a GGUF file of the architecture {name} cannot express {where}={found[1]!r} (read back: {found[2]!r}); write the Hugging Face layout instead")
+    return fields, rows, small
+
+
+def stored(value: Any) -> Any:
+    """A number as the file keeps it."""
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def rounded(x: Any) -> Any:
+    """A configuration with its numbers as a file keeps them: float32, six digits."""
+    if dc.is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: rounded(getattr(x, f.name)) for f in dc.fields(x)})
+    if isinstance(x, tuple):
+        return tuple(map(rounded, x))
+    return float(f"{x:.6g}") if isinstance(x, float) else x

@@ -44,6 +44,10 @@ class SafeTensors:
                     raise CheckpointError(f"{where}: the tensor {name!r} stands in both {self._places[name][0].name} and {file.name}; remove the shards of another save")
                 self.shapes[name], self.dtypes[name], self._places[name] = shape, dtype, (file, start)
 
+    def describe(self, name: str) -> tuple[str, str]:
+        """(the type a tensor is stored in, the file it stands in)."""
+        return NAMES[self.dtypes[name]], self._places[name][0].name
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to before `stop`. Raises CheckpointError where the file has become shorter."""
         (file, offset), dtype, shape = self._places[name], self.dtypes[name], self.shapes[name]

@@ -107,6 +107,11 @@ class Store:
         self.wait()
         return self._json(step)["extra"]
 
+    def arrays(self, step: int) -> dict[str, list]:
+        """Every stored array of a step: name -> [shape, dtype]."""
+        self.wait()
+        return self._json(step)["arrays"]
+
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """(state, extra) of a step, bit for bit, on whatever mesh `like` says.
 
@@ -126,6 +131,25 @@ class Store:
         except Exception as error:
             raise self._damaged(step, error) from error
         return jax.tree.unflatten(tree, [typed(flat[path_name(path)], x) for path, x in paths]), stored["extra"]
+
+    def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Some arrays of a step by their names in it ("params/embed/table"), in the dtypes and on the shardings of `like` (ShapeDtypeStructs); nothing else is read.
+
+        Raises CheckpointError for a name or a shape the checkpoint has not, and for a damaged one.
+        """
+        stored = self._json(step)["arrays"]
+        for name, x in like.items():
+            found = tuple(stored[name][0]) if name in stored else "absent"
+            if found != tuple(x.shape):
+                raise CheckpointError(f"{self.folder / str(step)}: a checkpoint of another model: {name!r} is {found}, its configuration makes it {tuple(x.shape)}")
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x, x)) for name, x in like.items()}
+        from etils import epath
+        handler = self._ocp.PyTreeCheckpointHandler()
+        places = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+        try:
+            return handler.restore(epath.Path(self.folder / str(step) / "state"), args=self._ocp.args.PyTreeRestore(abstract, restore_args=places, partial_restore=True))
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def _json(self, step: int) -> dict[str, Any]:
         try:

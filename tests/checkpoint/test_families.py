@@ -237,7 +237,7 @@ def test_ids():
     ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "the rope type 'spiral' is unknown"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "wobble": 3}}, "wobble='3'"),
     ({"attention_chunk_size": 8}, "attention_chunk_size='8' is a field this version does not know"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantised"),
+    ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "the weights are quantised (hqq)"),
     ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: bart, bert"),
     ({"num_attention_heads": 3}, "heads=3 is not a multiple of kv_heads=2"),
     ({"num_hidden_layers": "three"}, "num_hidden_layers='three': a whole number"),

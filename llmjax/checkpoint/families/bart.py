@@ -21,7 +21,7 @@ def stack(side: str, ours: str = "") -> tuple[Row, ...]:
 D = "model.decoder.layers.{l}.encoder_attn"
 TABLE = Table((
     Row("model.shared.weight", "embed/table"), Row("final_logits_bias", "head/bias", "1 v -> v"), *stack("decoder"), *stack("encoder", "encoder"),
-    *encoders.attention(*(f"{D}.{name}" for name in PARTS), "cross"), *encoders.norm(D + "_layer_norm", "norm_cross_out"),
+    *encoders.attention(*(f"{D}.{name}" for name in PARTS), ours="cross"), *encoders.norm(D + "_layer_norm", "norm_cross_out"),
 ), base="model.", copies=tuple((name, "model.shared.weight") for name in ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")))
 
 

@@ -1,12 +1,12 @@
 """DeBERTa v2 and v3 (He et al. 2021): attention over content and relative positions apart; the tables of distances pass through a layer's own projections."""
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Activation, ClassifierHead, Disentangled, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
+from llmjax.core.model_config import Activation, Attention, ClassifierHead, Disentangled, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
 
 L, R = "deberta.encoder.layer.{l}.attention.self.", "deberta.encoder."
 SCORES = (*encoders.dense("pooler.dense", "classifier/dense"), *encoders.dense("classifier", "classifier/out"), *encoders.SCORES)
@@ -53,7 +53,7 @@ def read(f: Fields) -> ModelConfig:
     relative, learned = read_relative(f, rows), rows if f.flag("position_biased_input", True) else None
 
     def layers(xs: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        return tuple(replace(x, mixer=replace(x.mixer, relative=relative)) for x in xs)
+        return tuple(replace(x, mixer=replace(cast(Attention, x.mixer), relative=relative)) for x in xs)
     return replace(config, prefix=layers(config.prefix), cycle=layers(config.cycle), suffix=layers(config.suffix), learned_positions=learned)
 
 

@@ -74,9 +74,10 @@ def norm(name: str, path: str) -> tuple[Row, ...]:
     return base.with_biases(Row(f"{name}.weight", f"{path}/scale"))
 
 
-def attention(q: str, k: str, v: str, o: str, ours: str = "mixer", stack: str = "") -> tuple[Row, ...]:
-    """The four Linears of an attention."""
-    rows = [row for name, letter in ((q, "q"), (k, "k"), (v, "v")) for row in dense(name, f"{ours}/{letter}", "(n h) d -> d n h", "(n h) -> n h")]
+def attention(*names: str, ours: str = "mixer", stack: str = "") -> tuple[Row, ...]:
+    """The four Linears of an attention: names of queries, keys, values and the product out of the heads."""
+    *qkv, o = names
+    rows = [row for name, letter in zip(qkv, "qkv") for row in dense(name, f"{ours}/{letter}", "(n h) d -> d n h", "(n h) -> n h")]
     return stacked(stack, *rows, *dense(o, f"{ours}/o", "d (n h) -> n h d"))
 
 

@@ -24,7 +24,7 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
 D = "decoder.block.{l}.layer."
 TABLE = Table((
     Row("shared.weight", "embed/table"), Row("lm_head.weight", "head/kernel", "v d -> d v"), *stack("decoder", 2), *stack("encoder", 1, "encoder"),
-    *encoders.attention(*(f"{D}1.EncDecAttention.{name}" for name in "qkvo"), "cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
+    *encoders.attention(*(f"{D}1.EncDecAttention.{name}" for name in "qkvo"), ours="cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
     # a table in the first release's cross-attention that was never used
 ), extras=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     copies=(("lm_head.weight", "shared.weight"), ("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")))
@@ -36,10 +36,11 @@ def read(f: Fields) -> ModelConfig:
     f.fixed(is_decoder=False)
     dim, size, heads, layers = f.count("d_model", 512), f.count("d_kv", 64), f.count("num_heads", 8), f.count("num_layers", 6)
     kind = f.value("feed_forward_proj", "relu")
-    name = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
+    name: Any = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
     if name not in ACTIVATIONS:
         raise CheckpointError(f"{f.where}: feed_forward_proj={kind!r} is not known" + nearest(str(kind), ["relu", "gated-gelu", "gated-silu"]))
-    ffn = Mlp(f.count("d_ff", 2048), ACTIVATIONS[name], gated=kind.startswith("gated-"))
+    activation: Any = ACTIVATIONS[name]
+    ffn = Mlp(f.count("d_ff", 2048), activation, gated=kind.startswith("gated-"))
     mixer = Attention(heads, heads, size, None, scale=1.0, relative=RelativeBuckets(f.count("relative_attention_num_buckets", 32), f.count("relative_attention_max_distance", 128)))
     both = dict(dim=dim, norm=Norm(eps=f.number("layer_norm_epsilon", 1e-6)), tied=True, context=f.count("n_positions", 512))
     inner = base.model(f, "t5", [Layer(replace(mixer, causal=False), ffn)] * layers, head=NoHead(), **both)
