@@ -65,6 +65,8 @@ CASES = {
     "bloom": ("Bloom", dict(vocab_size=96, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)),
     "mpt": ("Mpt", dict(vocab_size=96, d_model=48, n_heads=6, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(clip_qkv=0.5))),
     "nanochat": ("NanoChat", BASE),
+    "opt": ("OPT", dict(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
+                        do_layer_norm_before=False, init_std=0.2)),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
 }
 TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above

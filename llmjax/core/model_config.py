@@ -323,6 +323,7 @@ class ModelConfig:
     position_offset: int = 0           # rows of the learned position table that are skipped (RoBERTa, BART)
     embed_dim: int | None = None       # width of the embeddings where a projection follows them (ELECTRA); None: dim
     embed_proj_bias: bool = False
+    embed_proj_first: bool = False     # positions are added after the projection (OPT-350m), not before
     encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding
     decoder_start: int | None = None   # the token an encoder-decoder's answer starts from
 

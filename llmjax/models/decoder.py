@@ -27,10 +27,13 @@ class Head(Module):
     @compact
     def __call__(self, x: jax.Array, table: Any | None) -> jax.Array:
         c = self.config
+        width = c.embed_dim or c.dim
+        if width != c.dim:
+            x = dot("btd,de->bte", x, weight(self, "narrow", "embed -> factor", (c.dim, width)))
         if table is not None:
             logits = dot("btd,vd->btv", x, table, out_dtype=jnp.float32)
         else:
-            kernel = weight(self, "kernel", "embed -> vocab", (c.dim, c.vocab_size), Start(0.02))
+            kernel = weight(self, "kernel", "embed -> vocab" if width == c.dim else "factor -> vocab", (width, c.vocab_size), Start(0.02))
             logits = dot("btd,dv->btv", x, kernel, out_dtype=jnp.float32)
         if c.head_bias:
             logits = logits + along(vector(self, "bias", "vocab", (c.vocab_size,)), logits)

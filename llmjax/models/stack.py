@@ -60,11 +60,12 @@ class Stack(Model):
     def setup(self):
         c, k = self.config, self.compute
         rest, width = (c.norm, k, self.layout), c.embed_dim or c.dim
+        inner = c.dim if c.embed_proj_first else width
         self.embed = Table("table", "vocab -> embed" if width == c.dim else "vocab -> factor", (c.vocab_size, width), k)
         if c.learned_positions:
-            self.positions = Table("table", "position -> embed", (c.learned_positions, width), k)
+            self.positions = Table("table", "position -> embed", (c.learned_positions, inner), k)
         if c.token_types:
-            self.types = Table("table", "position -> embed", (c.token_types, width), k)
+            self.types = Table("table", "position -> embed", (c.token_types, inner), k)
         if c.embed_norm:
             self.embed_norm = Normalize(c.norm, k)
         if width != c.dim:
@@ -92,6 +93,8 @@ class Stack(Model):
             raise ConfigError(f"{tokens.shape[1]} tokens: the model has {c.learned_positions - c.position_offset} learned positions; shorten the text")
         with jax.named_scope("embed"):
             x = take(table, tokens, dtype)
+            if c.embed_proj_first:
+                x = self.embed_proj(x)
             if c.embed_scale != 1.0:
                 x = x * jnp.asarray(c.embed_scale, dtype)
             if c.learned_positions:
@@ -101,7 +104,7 @@ class Stack(Model):
                 x = x + take(self.types(), jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types, dtype)
             if c.embed_norm:
                 x = self.embed_norm(x)
-            if c.embed_dim not in (None, c.dim):
+            if c.embed_dim not in (None, c.dim) and not c.embed_proj_first:
                 x = self.embed_proj(x)
             return constrain(x, "batch length .", self.layout.rules)
 
