@@ -46,7 +46,9 @@ class EncoderDecoder(Decoder):
         if seen is None and (segment_ids is not None or cache is not None):
             seen = jnp.ones(encoder_tokens.shape, jnp.int32)
         x, cache = self.body(tokens, positions, segment_ids, cache, self.embed(), source=source, source_segments=seen)
-        return x, cache and dc.replace(cache, source=jnp.broadcast_to(seen, encoder_tokens.shape).astype(jnp.int32))
+        if cache is None or seen is None:
+            return x, cache
+        return x, dc.replace(cache, source=jnp.broadcast_to(seen, encoder_tokens.shape).astype(jnp.int32))
 
     def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
         """The encoder's output [B, S, D] for tokens, segment_ids, positions [B, S] int32."""

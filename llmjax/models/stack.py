@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dot, platform, take
 from llmjax.core.errors import ConfigError
-from llmjax.core.model_config import ModelConfig, RelativeBuckets, unrolled
+from llmjax.core.model_config import Disentangled, ModelConfig, RelativeBuckets, unrolled
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
@@ -105,7 +105,7 @@ class Stack(Model):
             return constrain(x, "batch length .", self.layout.rules)
 
     def body(self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None, table: Any, token_types: jax.Array | None = None,
-             **source: jax.Array | None) -> tuple[jax.Array, Cache | None]:
+             **source: Any) -> tuple[jax.Array, Cache | None]:
         """-> ([B, T, D] in the computing dtype after the last norm, cache). source: what of the Context an encoder gives."""
         c = self.config
         context = dc.replace(make_context(c, tokens, positions, segment_ids, cache), **source)
@@ -122,6 +122,7 @@ class Stack(Model):
         keys = mine if not context.plans or (context.empty and length > 1) else context.plans[max(context.plans)].after.positions
         if isinstance(mixer.relative, RelativeBuckets):
             return Distances(bias=bucket_bias(mixer.relative, mixer.causal, self.relative(), mine, keys))
+        assert isinstance(mixer.relative, Disentangled)
         rows = take(self.relative(), jnp.arange(2 * mixer.relative.span), jnp.dtype(self.compute.dtype))
         return Distances(rows=self.relative_norm(rows) if mixer.relative.norm else rows, index=row_index(mixer.relative, mine, keys))
 

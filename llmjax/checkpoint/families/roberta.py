@@ -15,7 +15,7 @@ TABLE = Table((
 
 def heads(prefix: str, tied: bool, labels: tuple[str, ...]) -> encoders.Heads:
     pooler = Transform("tanh")
-    kinds = {"Model": NoHead(pooler), "ForMaskedLM": MaskedHead(Transform("gelu", norm=True), spare_bias=not tied), "ForSequenceClassification": ClassifierHead(labels, pooler),
+    kinds: encoders.Heads = {"Model": NoHead(pooler), "ForMaskedLM": MaskedHead(Transform("gelu", norm=True), spare_bias=not tied), "ForSequenceClassification": ClassifierHead(labels, pooler),
              "ForTokenClassification": TokenHead(labels), "ForQuestionAnswering": SpanHead()}
     return {prefix + name: head for name, head in kinds.items()}
 

@@ -13,7 +13,7 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
     """The rows of one side, whose feed-forward is sublayer `last` of a block."""
     B, lead = side + ".block.{l}.layer.", f"{ours}/" if ours else ""
     ffn = f"{B}{last}.DenseReluDense."
-    rows = (*encoders.attention(*(f"{B}0.SelfAttention.{name}" for name in "qkvo")), Row(B + "0.layer_norm.weight", "norm_mixer/scale"),
+    rows = (*encoders.attention(f"{B}0.SelfAttention.{name}" for name in "qkvo"), Row(B + "0.layer_norm.weight", "norm_mixer/scale"),
             Row(f"{B}{last}.layer_norm.weight", "norm_ffn/scale"), Row(ffn + "wi.weight", "ffn/up", "f d -> d f", without="ffn/gate"), Row(ffn + "wi_0.weight", "ffn/gate", "f d -> d f"), Row(ffn + "wi_1.weight", "ffn/up", "f d -> d f"),
             Row(ffn + "wo.weight", "ffn/down", "d f -> f d"))
     return (*encoders.stacked(ours, *rows), Row(f"{side}.final_layer_norm.weight", f"{lead}final_norm/scale"),
@@ -23,7 +23,7 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
 D = "decoder.block.{l}.layer."
 TABLE = Table((
     Row("shared.weight", "embed/table"), Row("lm_head.weight", "head/kernel", "v d -> d v"), *stack("decoder", 2), *stack("encoder", 1, "encoder"),
-    *encoders.attention(*(f"{D}1.EncDecAttention.{name}" for name in "qkvo"), "cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
+    *encoders.attention((f"{D}1.EncDecAttention.{name}" for name in "qkvo"), "cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
     # a table in the first release's cross-attention that was never used
 ), extras=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     copies=(("lm_head.weight", "shared.weight"), ("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")))
@@ -38,7 +38,8 @@ def read(f: Fields) -> ModelConfig:
     name = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
     if name not in ACTIVATIONS:
         raise CheckpointError(f"{f.where}: feed_forward_proj={kind!r} is not known" + nearest(str(kind), ["relu", "gated-gelu", "gated-silu"]))
-    ffn = Mlp(f.count("d_ff", 2048), ACTIVATIONS[name], gated=kind.startswith("gated-"))
+    activation: Any = ACTIVATIONS[name]
+    ffn = Mlp(f.count("d_ff", 2048), activation, gated=kind.startswith("gated-"))
     mixer = Attention(heads, heads, size, None, scale=1.0, relative=RelativeBuckets(f.count("relative_attention_num_buckets", 32), f.count("relative_attention_max_distance", 128)))
     both = dict(dim=dim, norm=Norm(eps=f.number("layer_norm_epsilon", 1e-6)), tied=True, context=f.count("n_positions", 512))
     inner = base.model(f, "t5", [Layer(replace(mixer, causal=False), ffn)] * layers, head=NoHead(), **both)
