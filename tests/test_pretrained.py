@@ -23,6 +23,8 @@ transformers.utils.logging.disable_progress_bar()
 BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, initializer_range=0.2)
 MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+BERT = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
+DEBERTA = {**BERT, "relative_attention": True, "position_buckets": 8, "max_relative_positions": 20}
 ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 ROPE_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=2,
@@ -68,8 +70,22 @@ CASES = {
     "opt": ("OPT", dict(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
                         do_layer_norm_before=False, init_std=0.2)),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
+    "bert": ("Bert", BERT), "roberta": ("Roberta", {**BERT, "pad_token_id": 1}), "xlm-roberta": ("XLMRoberta", {**BERT, "pad_token_id": 1, "num_labels": 3}),
+    "distilbert": ("DistilBert", dict(vocab_size=96, dim=32, hidden_dim=64, n_layers=3, n_heads=4, max_position_embeddings=64, initializer_range=0.2)),
+    "electra": ("Electra", {**BERT, "embedding_size": 16}),
+    "modernbert": ("ModernBert", {**BERT, "local_attention": 8, "norm_bias": True, "mlp_bias": True, "attention_bias": True, "classifier_pooling": "mean"}),
+    "deberta-v2": ("DebertaV2", {**DEBERTA, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "legacy": False, "position_biased_input": False}),
+    "deberta-v2-legacy": ("DebertaV2", {**DEBERTA, "pos_att_type": "c2p|p2c", "share_att_key": False, "type_vocab_size": 2}),
+    "t5": ("T5", dict(vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=3, num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=20,
+                      decoder_start_token_id=0)),
+    "bart": ("Bart", dict(vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=2,
+                          max_position_embeddings=64, init_std=0.2, activation_function="relu")),
 }
+# The class of each family's model where it is not …ForCausalLM.
+CLASSES = {"gpt2": "LMHeadModel", "bert": "ForMaskedLM", "roberta": "ForMaskedLM", "xlm-roberta": "ForSequenceClassification", "distilbert": "ForMaskedLM", "electra": "ForMaskedLM",
+           "modernbert": "ForSequenceClassification", "deberta-v2": "ForMaskedLM", "deberta-v2-legacy": "ForMaskedLM", "t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration"}
 TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above
+SHORT = 11              # of a decoder that has an encoder
 
 
 def theirs(name):
@@ -77,7 +93,7 @@ def theirs(name):
     prefix, fields = CASES[name]
     config = getattr(transformers, {"gemma3": "Gemma3TextConfig", "llama4": "Llama4TextConfig"}.get(name, prefix + "Config"))(**fields)
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + ("LMHeadModel" if name == "gpt2" else "ForCausalLM"))(config).eval().float()
+    model = getattr(transformers, prefix + CLASSES.get(name, "ForCausalLM"))(config).eval().float()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -87,8 +103,18 @@ def theirs(name):
 
 
 def answer(model, tokens=TOKENS):
+    ids = torch.as_tensor(np.asarray(tokens), dtype=torch.long)
+    more = {"decoder_input_ids": ids[:, :SHORT]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(input_ids=torch.as_tensor(np.asarray(tokens), dtype=torch.long)).logits.float().numpy()
+        return model(input_ids=ids, **more).logits.float().numpy()
+
+
+def ours(model, params, tokens=TOKENS):
+    """The same question to our model: an encoder-decoder reads the tokens and is asked about the first of them."""
+    tokens = jnp.asarray(tokens)
+    if model.config.encoder:
+        return model.apply({"params": params}, tokens[:, :SHORT], encoder_tokens=tokens)[0]
+    return model.apply({"params": params}, tokens)[0]
 
 
 def far(got, want):
@@ -111,11 +137,11 @@ def test_logits_and_the_way_back(name, tmp_path):
     want = answer(reference)
     model, params, tokenizer = pretrained.load(tmp_path / "theirs", dtype="float32")
     assert tokenizer is None and model.config.family == name
-    assert far(model.apply({"params": params}, jnp.asarray(TOKENS))[0], want) < 5e-5
+    assert far(ours(model, params), want) < 5e-5
     pretrained.save(tmp_path / "ours", model, params)
     before, after = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
     assert set(before) == set(after) and all(x.dtype == after[k].dtype and np.array_equal(x, after[k]) for k, x in before.items())
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    again = type(reference).from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     assert np.array_equal(answer(again), want)
 
 

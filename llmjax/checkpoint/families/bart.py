@@ -13,7 +13,7 @@ PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 def stack(side: str, ours: str = "") -> tuple[Row, ...]:
     L, lead = f"model.{side}.layers." + "{l}.", f"{ours}/" if ours else ""
-    rows = (*encoders.attention(*(f"{L}self_attn.{name}" for name in PARTS)), *encoders.norm(L + "self_attn_layer_norm", "norm_mixer_out"),
+    rows = (*encoders.attention(f"{L}self_attn.{name}" for name in PARTS), *encoders.norm(L + "self_attn_layer_norm", "norm_mixer_out"),
             *encoders.dense(L + "fc1", "ffn/up"), *encoders.dense(L + "fc2", "ffn/down"), *encoders.norm(L + "final_layer_norm", "norm_ffn_out"))
     return (*encoders.stacked(ours, *rows), Row(f"model.{side}.embed_positions.weight", f"{lead}positions/table"), *encoders.norm(f"model.{side}.layernorm_embedding", f"{lead}embed_norm"))
 
@@ -21,7 +21,7 @@ def stack(side: str, ours: str = "") -> tuple[Row, ...]:
 D = "model.decoder.layers.{l}.encoder_attn"
 TABLE = Table((
     Row("model.shared.weight", "embed/table"), Row("final_logits_bias", "head/bias", "1 v -> v"), *stack("decoder"), *stack("encoder", "encoder"),
-    *encoders.attention(*(f"{D}.{name}" for name in PARTS), ours="cross"), *encoders.norm(D + "_layer_norm", "norm_cross_out"),
+    *encoders.attention((f"{D}.{name}" for name in PARTS), "cross"), *encoders.norm(D + "_layer_norm", "norm_cross_out"),
 ), base="model.", copies=tuple((name, "model.shared.weight") for name in ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")))
 
 

@@ -10,7 +10,7 @@ from llmjax.core.model_config import Activation, Attention, ClassifierHead, Dise
 
 L, R = "deberta.encoder.layer.{l}.attention.self.", "deberta.encoder."
 SCORES = (*encoders.dense("pooler.dense", "classifier/dense"), *encoders.dense("classifier", "classifier/out"), *encoders.SCORES)
-BODY = (*encoders.bert_rows("deberta.", tuple(L + name for name in ("query_proj", "key_proj", "value_proj"))), Row(R + "rel_embeddings.weight", "relative/table"),
+BODY = (*encoders.bert_rows("deberta.", ("query_proj", "key_proj", "value_proj")), Row(R + "rel_embeddings.weight", "relative/table"),
         *encoders.norm(R + "LayerNorm", "relative_norm"),
         *(row for theirs, ours in (("pos_key_proj", "k"), ("pos_query_proj", "q")) for row in encoders.dense(L + theirs, f"mixer/position_{ours}", "(n h) d -> d n h", "(n h) -> n h")))
 MORE: dict[str, Any] = dict(base="deberta.", extras=(r"mask_predictions\..*", r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"))

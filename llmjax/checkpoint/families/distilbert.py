@@ -7,7 +7,7 @@ from llmjax.core.model_config import Activation, Attention, ClassifierHead, Laye
 L, E = "distilbert.transformer.layer.{l}.", "distilbert.embeddings."
 TABLE = Table((
     Row(E + "word_embeddings.weight", "embed/table"), Row(E + "position_embeddings.weight", "positions/table"), *encoders.norm(E + "LayerNorm", "embed_norm"),
-    *encoders.attention(*(L + f"attention.{name}_lin" for name in ("q", "k", "v", "out"))), *encoders.norm(L + "sa_layer_norm", "norm_mixer_out"),
+    *encoders.attention(L + f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *encoders.norm(L + "sa_layer_norm", "norm_mixer_out"),
     *encoders.dense(L + "ffn.lin1", "ffn/up"), *encoders.dense(L + "ffn.lin2", "ffn/down"), *encoders.norm(L + "output_layer_norm", "norm_ffn_out"),
     *encoders.dense("vocab_transform", "masked/dense"), *encoders.norm("vocab_layer_norm", "masked/norm"),
     Row("vocab_projector.bias", "masked/bias"), Row("vocab_projector.weight", "masked/kernel", "v d -> d v"),

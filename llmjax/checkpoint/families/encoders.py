@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmjax.checkpoint.families import base
@@ -74,11 +74,11 @@ def norm(name: str, path: str) -> tuple[Row, ...]:
     return base.with_biases(Row(f"{name}.weight", f"{path}/scale"))
 
 
-def attention(*names: str, ours: str = "mixer", stack: str = "") -> tuple[Row, ...]:
-    """The four Linears of an attention: names of queries, keys, values and the product out of the heads."""
-    *qkv, o = names
-    rows = [row for name, letter in zip(qkv, "qkv") for row in dense(name, f"{ours}/{letter}", "(n h) d -> d n h", "(n h) -> n h")]
-    return stacked(stack, *rows, *dense(o, f"{ours}/o", "d (n h) -> n h d"))
+def attention(names: Iterable[str], ours: str = "mixer") -> tuple[Row, ...]:
+    """The four Linears of an attention: queries, keys, values, output."""
+    *inputs, output = names
+    rows = [row for name, letter in zip(inputs, "qkv", strict=True) for row in dense(name, f"{ours}/{letter}", "(n h) d -> d n h", "(n h) -> n h")]
+    return (*rows, *dense(output, f"{ours}/o", "d (n h) -> n h d"))
 
 
 def stacked(stack: str, *rows: Row) -> tuple[Row, ...]:
@@ -86,12 +86,12 @@ def stacked(stack: str, *rows: Row) -> tuple[Row, ...]:
     return tuple(dc.replace(row, stack=stack) for row in rows)
 
 
-def bert_rows(lead: str, qkv: tuple[str, ...] = ()) -> tuple[Row, ...]:
-    """Embeddings and layers of BERT and its kin; names begin with `lead`. qkv: other names of the three projections."""
+def bert_rows(lead: str, qkv: tuple[str, ...] = ("query", "key", "value")) -> tuple[Row, ...]:
+    """Embeddings and layers of BERT and its kin; names begin with `lead`. qkv: what the three projections are called."""
     L, E = lead + "encoder.layer.{l}.", lead + "embeddings."
     return (Row(E + "word_embeddings.weight", "embed/table"), Row(E + "position_embeddings.weight", "positions/table"), Row(E + "token_type_embeddings.weight", "types/table"),
             *norm(E + "LayerNorm", "embed_norm"),
-            *attention(*(qkv or (L + f"attention.self.{name}" for name in ("query", "key", "value"))), L + "attention.output.dense"), *norm(L + "attention.output.LayerNorm", "norm_mixer_out"),
+            *attention((*(L + f"attention.self.{name}" for name in qkv), L + "attention.output.dense")), *norm(L + "attention.output.LayerNorm", "norm_mixer_out"),
             *dense(L + "intermediate.dense", "ffn/up"), *dense(L + "output.dense", "ffn/down"), *norm(L + "output.LayerNorm", "norm_ffn_out"))
 
 

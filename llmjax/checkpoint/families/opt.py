@@ -15,7 +15,7 @@ def rows(config: ModelConfig) -> Table:
     return Table((
         Row(D + "embed_tokens.weight", "embed/table"), Row(D + "embed_positions.weight", "positions/table"), Row("lm_head.weight", "head/kernel", "v d -> d v"),
         Row(D + "project_in.weight", "embed_proj/kernel", "d e -> e d"), Row(D + "project_out.weight", "head/narrow", "e d -> d e"), *encoders.norm(D + "final_layer_norm", "final_norm"),
-        *encoders.attention(*(f"{L}self_attn.{name}_proj" for name in ("q", "k", "v", "out"))), *encoders.norm(L + "self_attn_layer_norm", "norm_mixer" + out),
+        *encoders.attention(f"{L}self_attn.{name}_proj" for name in ("q", "k", "v", "out")), *encoders.norm(L + "self_attn_layer_norm", "norm_mixer" + out),
         *encoders.dense(L + "fc1", "ffn/up"), *encoders.dense(L + "fc2", "ffn/down"), *encoders.norm(L + "final_layer_norm", "norm_ffn" + out),
     ), base="model.", renames=((r"^decoder\.", "model.decoder."),), copies=(("lm_head.weight", D + "embed_tokens.weight"),))
 

@@ -2,7 +2,7 @@
 from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
-from llmjax.core.model_config import ClassifierHead, Head, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
+from llmjax.core.model_config import ClassifierHead, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
 
 TABLE = Table((
     *encoders.bert_rows("roberta."), *encoders.SCORES,
@@ -15,7 +15,7 @@ TABLE = Table((
 
 def heads(prefix: str, tied: bool, labels: tuple[str, ...]) -> encoders.Heads:
     pooler = Transform("tanh")
-    kinds: dict[str, Head] = {"Model": NoHead(pooler), "ForMaskedLM": MaskedHead(Transform("gelu", norm=True), spare_bias=not tied), "ForSequenceClassification": ClassifierHead(labels, pooler),
+    kinds: encoders.Heads = {"Model": NoHead(pooler), "ForMaskedLM": MaskedHead(Transform("gelu", norm=True), spare_bias=not tied), "ForSequenceClassification": ClassifierHead(labels, pooler),
              "ForTokenClassification": TokenHead(labels), "ForQuestionAnswering": SpanHead()}
     return {prefix + name: head for name, head in kinds.items()}
 

@@ -13,7 +13,7 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
     """The rows of one side, whose feed-forward is sublayer `last` of a block."""
     B, lead = side + ".block.{l}.layer.", f"{ours}/" if ours else ""
     ffn = f"{B}{last}.DenseReluDense."
-    rows = (*encoders.attention(*(f"{B}0.SelfAttention.{name}" for name in "qkvo")), Row(B + "0.layer_norm.weight", "norm_mixer/scale"),
+    rows = (*encoders.attention(f"{B}0.SelfAttention.{name}" for name in "qkvo"), Row(B + "0.layer_norm.weight", "norm_mixer/scale"),
             Row(f"{B}{last}.layer_norm.weight", "norm_ffn/scale"), Row(ffn + "wi.weight", "ffn/up", "f d -> d f", without="ffn/gate"),
             Row(ffn + "wi_0.weight", "ffn/gate", "f d -> d f"), Row(ffn + "wi_1.weight", "ffn/up", "f d -> d f"),
             Row(ffn + "wo.weight", "ffn/down", "d f -> f d"))
@@ -24,7 +24,7 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
 D = "decoder.block.{l}.layer."
 TABLE = Table((
     Row("shared.weight", "embed/table"), Row("lm_head.weight", "head/kernel", "v d -> d v"), *stack("decoder", 2), *stack("encoder", 1, "encoder"),
-    *encoders.attention(*(f"{D}1.EncDecAttention.{name}" for name in "qkvo"), ours="cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
+    *encoders.attention((f"{D}1.EncDecAttention.{name}" for name in "qkvo"), "cross"), Row(D + "1.layer_norm.weight", "norm_cross/scale"),
     # a table in the first release's cross-attention that was never used
 ), extras=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     copies=(("lm_head.weight", "shared.weight"), ("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")))
@@ -36,7 +36,7 @@ def read(f: Fields) -> ModelConfig:
     f.fixed(is_decoder=False)
     dim, size, heads, layers = f.count("d_model", 512), f.count("d_kv", 64), f.count("num_heads", 8), f.count("num_layers", 6)
     kind = f.value("feed_forward_proj", "relu")
-    name: Any = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
+    name = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
     if name not in ACTIVATIONS:
         raise CheckpointError(f"{f.where}: feed_forward_proj={kind!r} is not known" + nearest(str(kind), ["relu", "gated-gelu", "gated-silu"]))
     activation: Any = ACTIVATIONS[name]
