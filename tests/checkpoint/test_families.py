@@ -107,8 +107,17 @@ CASES = {
     "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                  decoder_attention_heads=2, max_position_embeddings=64, normalize_before=False, num_hidden_layers=3, forced_eos_token_id=2),
 }
-# Published counts: the models' cards, or the sum over the shapes in their safetensors indices.
+# Published counts: the models' cards, or the sum over the shapes in their safetensors indices; where these say less, what transformers makes of the published numbers.
 COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
+          "llama-4-scout": 107_769_861_120, "mixtral-8x22b": 140_630_071_296, "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560, "gemma-2b": 2_506_172_416,
+          "phi-2": 2_779_683_840, "phi-3-mini": 3_821_079_552, "phi-4": 14_659_507_200, "deepseek-v2-lite": 15_706_484_224, "deepseek-v3": 671_026_419_200,
+          "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672, "olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "granite-3.1-2b": 2_533_531_648,
+          "smollm3-3b": 3_075_098_624, "starcoder2-3b": 3_030_371_328, "stablelm-2-1.6b": 1_644_515_328, "command-r-35b": 34_980_831_232, "glm-4-9b": 9_400_279_040,
+          "glm-4.5-air": 106_852_251_264, "pythia-160m": 162_322_944, "gpt-j-6b": 6_050_882_784, "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952,
+          "falcon-rw-1b": 1_311_625_216, "bloom-560m": 559_214_592, "bloom": 176_247_271_424, "mpt-7b": 6_649_286_656, "opt-125m": 125_239_296, "opt-350m": 331_196_416,
+          "dbrx": 131_596_523_520, "nanochat-d32": 1_879_048_192,
+          # no class counts it: its cards say 314 B; 64 layers of 8 experts of 3 matrices, attention, router and four norms, the table and a norm
+          "grok-1": 64 * (8 * 3 * 6144 * 32_768 + 2 * 6144 * (48 + 8) * 128 + 6144 * 8 + 4 * 6144) + 131_072 * 6144 + 6144,
           "llama-3.1-8b": 8_030_261_248, "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "mistral-7b": 7_241_732_096, "mixtral-8x7b": 46_702_792_704,
           "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984,
           "gemma3-1b": 999_885_952, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
