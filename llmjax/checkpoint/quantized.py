@@ -1,7 +1,7 @@
-"""Quantised Hugging Face folders, dequantised while they are read: GPTQ, AWQ and FP8 in blocks. A `Source` around another one; neither table nor model knows of it.
+"""Quantised Hugging Face folders, dequantised while they are read: GPTQ, AWQ, FP8 and MXFP4 in blocks. A `Source` around another one; neither table nor model knows of it.
 
-Read are the layouts published with AutoGPTQ / GPTQModel (`qweight, qzeros, scales, g_idx`), AutoAWQ's "gemm" and DeepSeek-V3 (`weight_scale_inv`); every setting in config.json's
-quantization_config is either understood, known to matter only while quantising, or refused by name.
+Read are the layouts published with AutoGPTQ / GPTQModel (`qweight, qzeros, scales, g_idx`), AutoAWQ's "gemm", DeepSeek-V3 (`weight_scale_inv`) and gpt-oss (`…_blocks`, `…_scales`);
+every setting in config.json's quantization_config is either understood, known to matter only while quantising, or refused by name.
 """
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Gptq:
     ordered: bool
     key = "qweight"
     label = "GPTQ"
+    joint, ending = ".", ".weight"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,6 +75,7 @@ class Awq:
     optional = ()
     key = "qweight"
     label = "AWQ"
+    joint, ending = ".", ".weight"
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         inputs, words = shapes["qweight"]
@@ -98,6 +100,7 @@ class Fp8:
     optional = ()
     key = "weight_scale_inv"
     label = "FP8"
+    joint, ending = ".", ".weight"
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         return shapes["weight"]
@@ -112,7 +115,33 @@ class Fp8:
         return x["weight"].astype(np.float32) * factors[:shape[0], :shape[1]]
 
 
-Scheme = Gptq | Awq | Fp8
+FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0], np.float32)          # e2m1, the sign in the highest bit
+
+
+@dc.dataclass(frozen=True)
+class Mxfp4:
+    """All experts' matrices [experts, outputs, inputs / 32 blocks, 16 bytes] of two FP4 numbers a byte, the low half first, an exponent (e8m0, bias 127) a block; they stand for
+    [experts, inputs, outputs] (gpt-oss; OCP Microscaling Formats 1.0, section 5)."""
+    parts = ("blocks", "scales")
+    optional = ()
+    key = "blocks"
+    label = "MXFP4"
+    joint, ending = "_", ""
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        experts, outputs, blocks, size = shapes["blocks"]
+        return experts, blocks * 2 * size, outputs
+
+    def expected(self, experts: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {"blocks": (experts, outputs, inputs // 32, 16), "scales": (experts, outputs, inputs // 32)}
+
+    def dequantize(self, x: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        pairs = np.stack([x["blocks"] & 15, x["blocks"] >> 4], -1)
+        numbers = np.ldexp(FP4[pairs.reshape(*x["scales"].shape, 32)], x["scales"].astype(np.int32)[..., None] - 127)
+        return numbers.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2)
+
+
+Scheme = Gptq | Awq | Fp8 | Mxfp4
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -165,21 +194,24 @@ def scheme_of(config: Any, where: str) -> Scheme | None:
         if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
             raise CheckpointError(f"{where}: quantization_config: weight_block_size={block!r} is not read with fp8 (two whole numbers are); {way}")
         return Fp8((block[0], block[1]))
-    raise CheckpointError(f"{where}: the weights are quantised ({kind}), which this version does not read; gptq, awq and fp8 are. Otherwise {way}")
+    if kind == "mxfp4":
+        return Mxfp4()
+    raise CheckpointError(f"{where}: the weights are quantised ({kind}), which this version does not read; gptq, awq, fp8 and mxfp4 are. Otherwise {way}")
 
 
 class Dequantized:
-    """Tensors of `source` as if they had never been quantised: a linear layer's parts become one "….weight", float32; the others are as they are. A `table.Source`."""
+    """Tensors of `source` as if they had never been quantised: a layer's parts become one "….weight" (of experts in MXFP4 one tensor without an ending), float32; the others are as they are. A `table.Source`."""
 
     def __init__(self, source: Any, scheme: Scheme):
         self.source, self.scheme, self.where = source, scheme, source.where
         key = scheme.key                                              # the tensor that only quantised layers have
-        ends = tuple(f".{part}" for part in (*scheme.parts, *scheme.optional))
+        joint = scheme.joint
+        ends = tuple(joint + part for part in (*scheme.parts, *scheme.optional))
         self._layers: dict[str, dict[str, str]] = {}
         for name in source.shapes:
-            if name.endswith(f".{key}"):
+            if name.endswith(joint + key):
                 lead = name.removesuffix(key)
-                self._layers[lead + "weight"] = {part: lead + part for part in (*scheme.parts, *scheme.optional) if lead + part in source.shapes}
+                self._layers[name.removesuffix(joint + key) + scheme.ending] = {part: lead + part for part in (*scheme.parts, *scheme.optional) if lead + part in source.shapes}
         inside = {name for parts in self._layers.values() for name in parts.values()}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in source.shapes.items() if name not in inside}
         for name, parts in self._layers.items():

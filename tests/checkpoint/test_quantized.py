@@ -194,7 +194,7 @@ def test_biases_of_zeros_are_passed_over(plain, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
-    ("gptq", {"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\), which this version does not read; gptq, awq and fp8 are"),
+    ("gptq", {"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\), which this version does not read; gptq, awq, fp8 and mxfp4 are"),
     ("gptq", {"bits": 5}, "bits='5' is not read with gptq"), ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not read"),
     ("gptq", {"dynamic": {"-:.*": {}}}, "dynamic=.*is a setting this version does not know"), ("awq", {"version": "gemv"}, "version='gemv' is not read with awq"),
     ("awq", {"zero_point": False}, "zero_point='False' is not read"), ("fp8", {"fmt": "e5m2"}, "fmt='e5m2' is not read"),
@@ -243,3 +243,31 @@ def test_straight_onto_a_mesh(plain, tmp_path):
     quantise(plain, tmp_path / "q", *SCHEMES["gptq"])
     ours, sharded = (pretrained.load(tmp_path / "q", dtype="float32", mesh=mesh)[1] for mesh in (None, make_mesh(fsdp=4, tensor=2)))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, sharded)))
+
+
+def test_mxfp4(tmp_path):
+    """gpt-oss as it is published: experts in MXFP4, the rest as it is, against transformers' own unpacking."""
+    from safetensors.numpy import save_file
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+    fields = {**BASE, "intermediate_size": 96, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**fields)).eval().float()
+    rng, packed = np.random.default_rng(0), {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, inputs, outputs = p.shape
+                blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16)).astype(np.uint8)
+                scales = rng.integers(120, 128, (experts, outputs, inputs // 32)).astype(np.uint8)
+                packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+                p.copy_(_convert_moe_packed_tensors(torch.as_tensor(blocks), torch.as_tensor(scales), dtype=torch.float32))
+        want = model(input_ids=torch.as_tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    model.save_pretrained(tmp_path)
+    tensors = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    save_file(tensors | packed, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, params, _ = pretrained.load(tmp_path, dtype="float32")
+    got = np.asarray(ours.apply({"params": params}, jnp.asarray(TOKENS))[0])
+    assert np.abs(got - want).max() < 5e-5 * want.std()                                  # both in float32: the order of sums
