@@ -1,6 +1,8 @@
 """Copies of transposed arrays that stay in the processor's cache, and memory that jax on a CPU takes without a copy.
 
-numpy walks a transposed copy row by row and misses the cache at every number; in tiles of 128 × 128 it is four to five times faster (16 M numbers: 0.3 s -> 0.07 s).
+numpy walks a transposed copy row by row and misses the cache at every number. In tiles it is several times faster, if a tile is first brought together: the rows of a matrix whose
+width is a power of two all fall into the same few lines of the cache (a tile's rows are therefore a little longer than they need be). Measured on two cores under load, 16-bit
+numbers per second: 210–280 M in tiles of 128 in place, 390–1080 M through scratch.
 """
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-TILE = 128
+TILE, PAD = 256, 8
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -28,7 +30,7 @@ def copy_into(out: np.ndarray, x: np.ndarray) -> None:
         plain = f"u{x.dtype.itemsize}"              # numpy copies its own integers faster than foreign floats
         out, x = out.view(plain), x.view(plain)
     out, x = merged(out, x)
-    if x.ndim < 2 or x.size < TILE * TILE:
+    if x.ndim < 2 or x.size < 128 * 128:
         out[...] = x
         return
     fast = min(range(x.ndim), key=lambda i: (abs(x.strides[i]), -i))
@@ -36,11 +38,21 @@ def copy_into(out: np.ndarray, x: np.ndarray) -> None:
     if fast == last:
         out[...] = x
         return
-    for i in range(0, x.shape[fast], TILE):
-        for j in range(0, x.shape[last], TILE):
-            tile: list[slice] = [slice(None)] * x.ndim
-            tile[fast], tile[last] = slice(i, i + TILE), slice(j, j + TILE)
-            out[tuple(tile)] = x[tuple(tile)]
+    others = [i for i in range(last) if i != fast]
+    tile = np.empty((TILE, TILE + PAD), x.dtype)
+    for index in np.ndindex(*(x.shape[i] for i in others)):
+        place = tuple(index[others.index(i)] if i in others else slice(None) for i in range(x.ndim))
+        transpose_into(out[place], x[place].T, tile)
+
+
+def transpose_into(out: np.ndarray, x: np.ndarray, tile: np.ndarray) -> None:
+    """out[...] = x.T for matrices whose rows are contiguous, through a tile of scratch."""
+    for i in range(0, x.shape[0], TILE):
+        for j in range(0, x.shape[1], TILE):
+            part = x[i:i + TILE, j:j + TILE]
+            held = tile[:part.shape[0], :part.shape[1]]
+            held[...] = part
+            out[j:j + TILE, i:i + TILE] = held.T
 
 
 def merged(out: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
