@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llmjax.core import Compute, Layout, MixtureOfExperts
+from llmjax.core.model_config import Groups
 from llmjax.models.mixture_of_experts import Experts
 from llmjax.objectives.language import router_statistics
 
@@ -35,6 +36,29 @@ def test_against_a_loop_over_tokens(renormalize, top_k):
         shared = (silu(token @ p["shared"]["gate"]) * (token @ p["shared"]["up"])) @ p["shared"]["down"]
         want = want + shared / (1 + np.exp(-(token @ p["shared_gate"])))
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_sigmoid_router_with_groups_is_transformers():
+    """DeepSeek-V3's router, whose bias only chooses: the same experts and gates for every token."""
+    import torch
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+    theirs = DeepseekV3TopkRouter(DeepseekV3Config(hidden_size=D, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True))
+    x = jax.random.normal(jax.random.key(4), (2, 40, D))
+    spec = MixtureOfExperts(12, 3, 8, score="sigmoid", groups=Groups(4, 2, by=2), selection_bias=True, scale=2.5)
+    module = Experts(spec, Compute("float32"), Layout())
+    params = run(spec, x)[0]
+    params["selection_bias"] = np.asarray(jax.random.normal(jax.random.key(5), (12,))) * 0.3
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(params["router"].T))
+        theirs.e_score_correction_bias.copy_(torch.tensor(params["selection_bias"]))
+        _, weights, indices = theirs(torch.tensor(np.asarray(x)))
+    gates, chosen = module.apply({"params": params}, x, None, method="route")
+    mine, other = (np.argsort(np.asarray(i), -1) for i in (chosen, indices))
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(chosen), mine, -1), np.take_along_axis(np.asarray(indices), other, -1))
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(gates), mine, -1), np.take_along_axis(np.asarray(weights), other, -1), rtol=1e-5)
+    free = Experts(MixtureOfExperts(12, 3, 8, score="sigmoid", selection_bias=True, scale=2.5), Compute("float32"), Layout()).apply({"params": params}, x, None, method="route")[1]
+    assert (np.sort(np.asarray(free), -1) != np.sort(np.asarray(chosen), -1)).any(), "the groups never mattered"
 
 
 def test_balance_loss_is_transformers():
