@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,9 +92,10 @@ def hub(name: str) -> pathlib.Path:
         raise CheckpointError(f"hf:{name}: {str(error).splitlines()[0][:160]}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(f"hf:{name}: it is not in the local cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)") from error
-    except (OSError, errors.HfHubHTTPError) as error:
-        raise CheckpointError(f"hf:{name}: it could not be fetched ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})") from error
+    except Exception as error:                                   # the transport below has kinds of its own for a connection that breaks
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        raise CheckpointError(f"hf:{name}: it could not be fetched ({reason}); files that came whole are kept, try again to go on") from error
     if not list(pathlib.Path(folder).glob("model*.safetensors*")):
-        shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(f"hf:{name}: the repository has no model*.safetensors (pickled .bin weights are not read); choose one that has")
+        raise CheckpointError(f"hf:{name}: the repository has no model*.safetensors; pickled weights (.bin, .pt) are not read, since opening them can run any code. Choose a revision or "
+                              "a repository that has safetensors, or convert it with transformers: from_pretrained(...).save_pretrained(...)")
     return pathlib.Path(folder)
