@@ -20,11 +20,10 @@ TWO = Layer(Attention(4, 4, 8, Rope(fraction=0.5, interleaved=True)), Mlp(24, "r
 EXPERTS = Layer(Attention(4, 2, 8, Rope(), qk_norm=QKNorm(over="full")), MixtureOfExperts(4, 2, 16, shared=24, shared_gate=True), "post")
 LATENT = Layer(LatentAttention(4, 12, 6, 8, 10, query_rank=16, bias=True, rope=Rope(interleaved=True, scaling=Yarn(4.0, 8))),
                MixtureOfExperts(8, 2, 16, score="sigmoid", groups=Groups(4, 2, by=2), selection_bias=True, scale=2.5, shared=24))
-CHUNKS = Layer(Attention(4, 2, 8, Rope(reverse=True), window=7, chunked=True, clip=1.0, qk_norm=QKNorm(Norm(), "each", rotated=True), temperature=Temperature(0.5, 4.0, 1)),
-               MixtureOfExperts(4, 1, 16, score="sigmoid", renormalize=False, scale_inputs=True))
-SLOPES = Layer(Attention(6, 2, 8, None, alibi=Alibi(scale=0.5)), MixtureOfExperts(4, 2, 16, router_bias=True, bias=True, limit=0.5))
+CHUNKS = Layer(Attention(4, 2, 8, Rope(reverse=True), window=7, chunked=True, clip=1.0, qk_norm=QKNorm(Norm(), "each", rotated=True), temperature=Temperature(0.5, 4.0, 1)), Mlp(24))
+SLOPES = Layer(Attention(6, 2, 8, None, alibi=Alibi(scale=0.5)), Mlp(24))
 CONFIGS = {
-    "latent attention, chunks, slopes": ModelConfig(V, D, prefix=(SLOPES,), cycle=(LATENT, CHUNKS), repeats=2, context=64),
+    "latent attention, chunks, slopes": ModelConfig(V, D, prefix=(SLOPES,), cycle=(LATENT,), repeats=2, suffix=(CHUNKS,), context=64),
     "windows, sinks, caps": ModelConfig(V, D, cycle=(WINDOW, FULL), repeats=2, suffix=(WINDOW,), tied=True, embed_scale=3.0, logit_softcap=20.0, norm=Norm(offset=1.0), context=64),
     "layer norm, learned positions": ModelConfig(V, D, prefix=(TWO,), cycle=(OLD,), repeats=2, norm=Norm("layer", bias=True), learned_positions=40, embed_norm=True, head_bias=True, context=40),
     "experts": ModelConfig(V, D, cycle=(EXPERTS,), repeats=2, logit_scale=0.5, context=64),
