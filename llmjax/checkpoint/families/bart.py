@@ -5,7 +5,7 @@ from typing import Any
 from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
-from llmjax.core.model_config import Attention, Layer, LanguageHead, Mlp, ModelConfig, NoHead, Norm
+from llmjax.core.model_config import Attention, LanguageHead, Layer, Mlp, ModelConfig, NoHead, Norm
 
 OFFSET = 2                     # rows of the position tables before the first position
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
