@@ -23,6 +23,7 @@ from llmjax.checkpoint.families import (
     gptj,
     granite,
     llama,
+    mbart,
     mistral,
     mixtral,
     modernbert,
@@ -48,7 +49,7 @@ from llmjax.core.model_config import Attention, ModelConfig, NoHead
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
-    bert, roberta, xlm_roberta, distilbert, electra, t5, bart, modernbert, deberta_v2, deberta_v2_legacy)}
+    bert, roberta, xlm_roberta, distilbert, electra, t5, bart, mbart, modernbert, deberta_v2, deberta_v2_legacy)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
