@@ -218,7 +218,7 @@ def test_ids():
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "wobble": 3}}, "wobble='3'"),
     ({"attention_chunk_size": 8}, "attention_chunk_size='8' is a field this version does not know"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantised"),
-    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: cohere"),
+    ({"model_type": "rwkv"}, "model_type='rwkv' is not a family this version reads; known: bart, bert, cohere"),
     ({"num_attention_heads": 3}, "heads=3 is not a multiple of kv_heads=2"),
     ({"num_hidden_layers": "three"}, "num_hidden_layers='three': a whole number"),
     ({"hidden_size": None}, "hidden_size is null"),
