@@ -15,6 +15,7 @@ import numpy as np
 
 from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
 from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
+from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
@@ -104,8 +105,10 @@ def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
 
 
 def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
-    """The configured model with the tokenizer's special ids. Raises ConfigError where the vocabulary is too small."""
+    """The configured model with the tokenizer's special ids. Raises ConfigError where the vocabulary is too small, and for a model that is no decoder."""
     c: ModelConfig = config.model
+    if c.encoder or not isinstance(c.head, LanguageHead):
+        raise ConfigError("this run trains on the next token, which takes a decoder: a model without an encoder and with the language head")
     if tokenizer.vocab_size > c.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size={c.vocab_size} is too small; set --config.model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}")
     return models.Decoder(pretrained.with_ids(c, tokenizer), config.compute, config.layout)
@@ -300,12 +303,12 @@ def show_config(config: RunConfig) -> str:
 
 def show_sharding(config: RunConfig) -> str:
     """How the configured layout lays every weight on the devices there are."""
-    model = models.Decoder(config.model, config.compute, config.layout)
+    model = models.build(config.model, config.compute, config.layout)
     return explain_sharding(models.labels(model), models.abstract_params(model), from_layout(config.layout), config.layout.rules)
 
 
 def show_model(name: str) -> str:
     """A checkpoint's configuration and parameter count, without loading its weights."""
     config, _, _ = pretrained.open_checkpoint(pretrained.locate(name))
-    parameters = size(models.abstract_params(models.Decoder(config)))
+    parameters = size(models.abstract_params(models.build(config)))
     return "\n".join([*as_text(config, "model"), f"parameters: {parameters:,}"])

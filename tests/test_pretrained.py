@@ -80,10 +80,13 @@ CASES = {
                       decoder_start_token_id=0)),
     "bart": ("Bart", dict(vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=2,
                           max_position_embeddings=64, init_std=0.2, activation_function="relu")),
+    "mbart": ("MBart", dict(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=64, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=2,
+                            max_position_embeddings=64, init_std=0.2, scale_embedding=True, decoder_start_token_id=5)),
 }
 # The class of each family's model where it is not …ForCausalLM.
 CLASSES = {"gpt2": "LMHeadModel", "bert": "ForMaskedLM", "roberta": "ForMaskedLM", "xlm-roberta": "ForSequenceClassification", "distilbert": "ForMaskedLM", "electra": "ForMaskedLM",
-           "modernbert": "ForSequenceClassification", "deberta-v2": "ForMaskedLM", "deberta-v2-legacy": "ForMaskedLM", "t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration"}
+           "modernbert": "ForSequenceClassification", "deberta-v2": "ForMaskedLM", "deberta-v2-legacy": "ForMaskedLM", "t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration",
+           "mbart": "ForConditionalGeneration"}
 TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)      # longer than every window and original context above
 SHORT = 11              # of a decoder that has an encoder
 

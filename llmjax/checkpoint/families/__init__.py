@@ -33,6 +33,7 @@ from llmjax.checkpoint.families import (
     grok1,
     llama,
     llama4,
+    mbart,
     ministral3,
     mistral,
     mixtral,
@@ -63,7 +64,7 @@ from llmjax.core.model_config import ModelConfig, NoHead
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
     ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat, opt, grok1,
-    bert, roberta, xlm_roberta, distilbert, electra, t5, bart, modernbert, deberta_v2, deberta_v2_legacy)}
+    bert, roberta, xlm_roberta, distilbert, electra, t5, bart, mbart, modernbert, deberta_v2, deberta_v2_legacy)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 

@@ -14,8 +14,8 @@ def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
     B, lead = side + ".block.{l}.layer.", f"{ours}/" if ours else ""
     ffn = f"{B}{last}.DenseReluDense."
     rows = (*encoders.attention(f"{B}0.SelfAttention.{name}" for name in "qkvo"), Row(B + "0.layer_norm.weight", "norm_mixer/scale"),
-            Row(f"{B}{last}.layer_norm.weight", "norm_ffn/scale"), Row(ffn + "wi.weight", "ffn/up", "f d -> d f", without="ffn/gate"),
-            Row(ffn + "wi_0.weight", "ffn/gate", "f d -> d f"), Row(ffn + "wi_1.weight", "ffn/up", "f d -> d f"),
+            Row(f"{B}{last}.layer_norm.weight", "norm_ffn/scale"),
+            Row(ffn + "wi.weight", "ffn/up", "f d -> d f", without="ffn/gate"), Row(ffn + "wi_0.weight", "ffn/gate", "f d -> d f"), Row(ffn + "wi_1.weight", "ffn/up", "f d -> d f"),
             Row(ffn + "wo.weight", "ffn/down", "d f -> f d"))
     return (*encoders.stacked(ours, *rows), Row(f"{side}.final_layer_norm.weight", f"{lead}final_norm/scale"),
             Row(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{lead}relative/table"))
