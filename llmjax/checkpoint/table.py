@@ -45,6 +45,7 @@ class Row:
     added: what the file's numbers are larger by (GGUF keeps Gemma's norm scales as 1 + w).
     stack: the subtree whose layers {l} counts ("" is the top).
     sizes: (letter, parameter, dimension) for letters of the pattern that the shapes leave open: the size of that dimension of that parameter.
+    beside: a parameter that the layer must have too ("" for none), where layers of several kinds have parameters of one name.
     A row whose parameters a model (or a layer) does not have, or has with another number of dimensions, is passed over.
     Where two rows make the same parameter, the first is written; the one whose tensor is there is read.
     """
@@ -54,6 +55,7 @@ class Row:
     added: float = 0.0
     stack: str = ""
     sizes: tuple[tuple[str, str, int], ...] = ()
+    beside: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def cells(table: Table, flat: Mapping[str, Any]) -> Iterator[Cell]:
     for row in table.rows:
         for l, (base, index) in enumerate(layers(row.stack)) if "{l}" in row.name else [(None, ("", None))]:
             names = [f"{base}/{path}" if base else path for path in row.paths]
-            if not all(name in flat for name in names):
+            if not all(name in flat for name in names) or (row.beside and f"{base}/{row.beside}" not in flat):
                 continue
             lead = () if index is None else (index,)
             experts = range(flat[names[0]].shape[len(lead)]) if "{e}" in row.name else (None,)

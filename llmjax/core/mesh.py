@@ -33,6 +33,7 @@ RULES: Rules = (
     ("norm", None),
     ("router", None),
     ("position", None),
+    ("width", None),
 )
 
 

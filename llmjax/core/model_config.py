@@ -58,7 +58,14 @@ class Llama3Scaling:
     context: int
 
 
-RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling
+@dc.dataclass(frozen=True)
+class Proportional:
+    """The slowest pairs of each head stand still: the first `fraction` of the frequencies of the whole head, the others 0; all divided by `factor` (Gemma 4; as in transformers)."""
+    fraction: float
+    factor: float = 1.0
+
+
+RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling | Proportional
 
 
 @dc.dataclass(frozen=True)
@@ -92,6 +99,32 @@ class Attention:
     scale: float | None = None         # None: head_dim ** -0.5
     softcap: float | None = None       # cap * tanh(score / cap)
     sinks: bool = False                # one learned logit per head that takes part in the softmax and carries no value
+    gate: bool = False                 # what a head answers, times sigmoid of a projection of the layer's input
+    v_norm: Norm | None = None         # on values, over each head
+    shared_kv: bool = False            # one projection makes keys and values (before their norms)
+    lends: str | None = None           # the name under which later layers may see its keys and values
+    borrows: str | None = None         # it has no keys and values but those that an earlier layer lends under this name
+    globals: int | None = None         # with a window: so many tokens at the start of a document see, and are seen by, all of it (Longformer, BigBird)
+
+
+@dc.dataclass(frozen=True)
+class GatedDelta:
+    """Gated delta net (Yang et al. 2024, arXiv:2412.06464): a causal convolution on queries, keys and values, the gated delta rule, a gated RMS norm on each head."""
+    heads: int                         # of values and states
+    key_heads: int                     # of queries and keys: each serves heads / key_heads of them
+    key_dim: int
+    value_dim: int
+    width: int = 4                     # of the convolution
+    activation: Activation = "silu"    # after the convolution
+
+
+@dc.dataclass(frozen=True)
+class LinearAttention:
+    """Attention with the features elu(x) + 1 in place of the exponential (Katharopoulos et al. 2020, arXiv:2006.16236): no scores, a state of constant size."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -115,7 +148,8 @@ class MixtureOfExperts:
     scale: float = 1.0
 
 
-Mixer = Attention
+Recurrent = GatedDelta | LinearAttention       # what they remember is a state, not every token
+Mixer = Attention | Recurrent
 FeedForward = Mlp | MixtureOfExperts
 Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
 
@@ -126,6 +160,14 @@ class Layer:
     ffn: FeedForward
     wiring: Wiring = "pre"
     residual_scale: float = 1.0
+    output_scale: bool = False         # a learned number times all that the layer answers
+
+
+@dc.dataclass(frozen=True)
+class LayerInputs:
+    """Every layer gets an input of its own: a row of a second embedding of width `dim` per layer, and a projection of the first (Gemma 3n and 4)."""
+    vocab_size: int
+    dim: int
 
 
 @dc.dataclass(frozen=True)
@@ -151,6 +193,7 @@ class ModelConfig:
     end_tokens: tuple[int, ...] = ()   # generation stops after any of them
     pad_token: int | None = None
     family: str = "llama"              # which checkpoint table writes it
+    layer_inputs: LayerInputs | None = None
 
     def __post_init__(self):
         if not self.layers:
@@ -159,6 +202,7 @@ class ModelConfig:
             raise ConfigError(f"cycle has {len(self.cycle)} layers and repeats is {self.repeats}: give both or neither")
         for i, layer in enumerate(self.prefix + self.cycle + self.suffix):
             check_layer(layer, f"layer {i}")
+        check_lending(self)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -172,12 +216,46 @@ def check_layer(layer: Layer, where: str) -> None:
     if layer.ffn.activation not in get_args(Activation):
         raise ConfigError(f"{where}: activation {layer.ffn.activation!r} is unknown" + nearest(layer.ffn.activation, get_args(Activation)))
     mixer = layer.mixer
-    if mixer.heads % mixer.kv_heads:
+    if isinstance(mixer, GatedDelta):
+        if mixer.heads % mixer.key_heads:
+            raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of key_heads={mixer.key_heads}")
+        if mixer.width < 2:
+            raise ConfigError(f"{where}: width={mixer.width}; the convolution needs at least 2 tokens")
+        if mixer.activation not in get_args(Activation):
+            raise ConfigError(f"{where}: activation {mixer.activation!r} is unknown" + nearest(mixer.activation, get_args(Activation)))
+    elif mixer.heads % mixer.kv_heads:
         raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of kv_heads={mixer.kv_heads}")
-    if mixer.rope and int(mixer.head_dim * mixer.rope.fraction) % 2:
+    if not isinstance(mixer, GatedDelta) and mixer.rope and int(mixer.head_dim * mixer.rope.fraction) % 2:
         raise ConfigError(f"{where}: rotary positions need an even number of dimensions, head_dim={mixer.head_dim} × fraction={mixer.rope.fraction} has {int(mixer.head_dim * mixer.rope.fraction)}")
+    if isinstance(mixer, Attention) and mixer.globals is not None and (mixer.globals < 1 or mixer.window is None or mixer.sinks):
+        raise ConfigError(f"{where}: globals={mixer.globals} with window={mixer.window}, sinks={mixer.sinks}: global tokens go with a window, without sinks, and there is at least one")
     if isinstance(layer.ffn, MixtureOfExperts) and not 1 <= layer.ffn.top_k <= layer.ffn.experts:
         raise ConfigError(f"{where}: top_k={layer.ffn.top_k} must lie between 1 and experts={layer.ffn.experts}")
+
+
+def check_lending(config: ModelConfig) -> None:
+    """Raises ConfigError where a layer borrows what no earlier layer lends, or of other numbers, and where layers that know of each other would be scanned."""
+    lent: dict[str, Attention] = {}
+    for i, mixer in enumerate(layer.mixer for layer in config.layers):
+        if not isinstance(mixer, Attention) or not (mixer.lends or mixer.borrows):
+            continue
+        if config.cycle:
+            raise ConfigError(f"layer {i} lends or borrows keys and values: such layers stand apart, in prefix, not in cycle")
+        if mixer.borrows:
+            lender = lent.get(mixer.borrows)
+            if lender is None:
+                raise ConfigError(f"layer {i} borrows {mixer.borrows!r}, which no layer before it lends" + nearest(mixer.borrows, lent))
+            for name in ("kv_heads", "head_dim", "window", "rope", "causal"):
+                if getattr(mixer, name) != getattr(lender, name):
+                    raise ConfigError(f"layer {i} borrows {mixer.borrows!r}: its {name}={getattr(mixer, name)} is not the lender's {getattr(lender, name)}")
+            if mixer.lends:
+                raise ConfigError(f"layer {i} borrows {mixer.borrows!r} and cannot lend it on")
+        elif mixer.lends in lent:
+            raise ConfigError(f"layer {i}: {mixer.lends!r} is lent by an earlier layer already")
+        elif mixer.lends:
+            lent[mixer.lends] = mixer
+    if config.layer_inputs and config.cycle:
+        raise ConfigError("layer_inputs differ from layer to layer: the layers stand apart, in prefix, not in cycle")
 
 
 def find_cycle(layers: tuple[Layer, ...], longest: int = 16) -> dict:

@@ -19,6 +19,7 @@ from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
+from llmjax.models.layer_inputs import OwnInputs
 from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, vector, weight
 from llmjax.models.norms import Normalize
 
@@ -74,6 +75,8 @@ class Decoder(Model):
             self.positions = Table("table", "position -> embed", (c.learned_positions, c.dim), k)
         if c.embed_norm:
             self.embed_norm = Normalize(c.norm, k)
+        if c.layer_inputs:
+            self.layer_inputs = OwnInputs(c.layer_inputs, len(c.layers), c.norm, k)
         apart = rematerialised(Block, k.remat, scanned=False)
         self.prefix = [apart(layer, *rest) for layer in c.prefix]
         if c.cycle:
@@ -83,15 +86,21 @@ class Decoder(Model):
             self.final_norm = Normalize(c.norm, k)
         self.head = Head(c, k)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """tokens [B, T] int32; positions, segment_ids [B, T] int32 (0 is padding; tokens of a segment stand in order) -> (logits [B, T, V] float32, the cache with these tokens in it)."""
-        x, cache = self.features(tokens, positions, segment_ids, cache)
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,
+                 prefix: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
+        """tokens [B, T] int32; positions, segment_ids [B, T] int32 (0 is padding; tokens of a segment stand in order) -> (logits [B, T, V] float32, the cache with these tokens in it).
+
+        prefix int32 [B] (or [B, T]: of each token's document): so many tokens at the start of a document see each other from both sides (prefix-LM: Raffel et al. 2019,
+        arXiv:1910.10683, figure 4); with a cache all of them stand in one call. Raises ConfigError for a prefix where a layer has a window or is recurrent.
+        """
+        x, cache = self.features(tokens, positions, segment_ids, cache, prefix)
         return self.unembed(x), cache
 
-    def features(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def features(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,
+                 prefix: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         """-> ([B, T, D] in the computing dtype, cache): everything before the head."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        context = make_context(c, tokens, positions, segment_ids, cache)
+        context = make_context(c, tokens, positions, segment_ids, cache, prefix)
         with jax.named_scope("embed"):
             x = take(self.embed(), tokens, dtype)
             if c.embed_scale != 1.0:
@@ -102,10 +111,11 @@ class Decoder(Model):
             if c.embed_norm:
                 x = self.embed_norm(x)
             x = constrain(x, "batch length .", self.layout.rules)
-        x, cache = self.run_layers(x, cache, context)
+        inputs = self.layer_inputs(tokens, x) if c.layer_inputs else None
+        x, cache = self.run_layers(x, cache, context, inputs)
         return (self.final_norm(x) if c.final_norm else x), cache
 
-    def run_layers(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, Cache | None]:
+    def run_layers(self, x: jax.Array, cache: Cache | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         held: dict[str, Any] = dict(prefix=(None,) * len(self.prefix), cycle=None, suffix=(None,) * len(self.suffix)) if cache is None else cache.layers
         new: dict[str, Any] = {"prefix": [], "cycle": (), "suffix": []}
         for part, blocks in (("prefix", self.prefix), ("cycle", None), ("suffix", self.suffix)):
@@ -114,7 +124,9 @@ class Decoder(Model):
                     x, new["cycle"] = self.straight(x, context) if cache is None and self.unrolls() else self.cycle(x, held["cycle"], context)
                 continue
             for block, stored in zip(blocks, held[part]):
-                x, kept = block(x, stored, context)
+                own = None if inputs is None else inputs[:, :, len(new[part])]
+                x, kept, lent = block(x, stored, context, own)
+                context = dc.replace(context, lent=context.lent | lent) if lent else context
                 new[part].append(kept)
         if cache is None:
             return x, None

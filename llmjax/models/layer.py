@@ -8,17 +8,19 @@ from collections.abc import Callable
 
 import jax
 
-from llmjax.core import Compute, Layout, constrain
-from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, Norm
+from llmjax.core import Compute, Layout, constrain, dot
+from llmjax.core.model_config import Attention, GatedDelta, Layer, LinearAttention, MixtureOfExperts, Mlp, Norm
 from llmjax.models.attention import MultiHeadAttention
-from llmjax.models.cache import KeyValue
-from llmjax.models.context import Context
-from llmjax.models.feed_forward import MultiLayerPerceptron
+from llmjax.models.cache import Entry
+from llmjax.models.context import Context, Seen
+from llmjax.models.feed_forward import MultiLayerPerceptron, gate
+from llmjax.models.gated_delta import GatedDeltaNet
+from llmjax.models.linear_attention import LinearMultiHeadAttention
 from llmjax.models.mixture_of_experts import Experts
-from llmjax.models.module import Module, compact
+from llmjax.models.module import Module, compact, vector, weight
 from llmjax.models.norms import Normalize
 
-MIXERS = {Attention: MultiHeadAttention}
+MIXERS = {Attention: MultiHeadAttention, GatedDelta: GatedDeltaNet, LinearAttention: LinearMultiHeadAttention}
 FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
 
 Sub = Callable[[jax.Array], jax.Array]
@@ -59,27 +61,41 @@ WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel,
 
 
 class Block(Module):
-    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    """x [B, T, D] -> ([B, T, D], the layer's cache, what it lends by name). `inputs` [B, T, P]: the layer's own, of models with LayerInputs."""
     layer: Layer
     norm: Norm
     compute: Compute
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
-        layer, box = self.layer, [stored]
+    def __call__(self, x: jax.Array, stored: Entry | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Entry | None, dict[str, Seen]]:
+        layer, box, lent = self.layer, [stored], {}
 
         def mix(h):
             with jax.named_scope("mixer"):
-                y, box[0] = MIXERS[type(layer.mixer)](layer.mixer, self.norm, self.compute, self.layout, name="mixer")(h, context, box[0])
+                y, box[0], *seen = MIXERS[type(layer.mixer)](layer.mixer, self.norm, self.compute, self.layout, name="mixer")(h, context, box[0])
+                lent.update({layer.mixer.lends: seen[0]} if seen else {})
             return y
 
         def feed(h):
             with jax.named_scope("ffn"):
                 ffn = FEED_FORWARDS[type(layer.ffn)](layer.ffn, self.compute, self.layout, name="ffn")
                 return ffn(h, context.segments) if isinstance(layer.ffn, MixtureOfExperts) else ffn(h)
-        x = WIRINGS[layer.wiring](x, mix, feed, lambda name: Normalize(self.norm, self.compute, name=name), layer.residual_scale)
-        return constrain(x, "batch length .", self.layout.rules), box[0]
+        def norm(name):
+            return Normalize(self.norm, self.compute, name=name)
+        x = WIRINGS[layer.wiring](x, mix, feed, norm, layer.residual_scale)
+        if inputs is not None:
+            x = x + norm("norm_input_out")(self.own_input(x, inputs))
+        if layer.output_scale:
+            x = x * vector(self, "output_scale", "norm", (1,), 1.0).astype(x.dtype)[None, None]
+        return constrain(x, "batch length .", self.layout.rules), box[0], lent
+
+    def own_input(self, x: jax.Array, inputs: jax.Array) -> jax.Array:
+        """inputs [B, T, P], gated by what x says of them -> [B, T, D]."""
+        D, P = x.shape[-1], inputs.shape[-1]
+        with jax.named_scope("own_input"):
+            h = gate(self.layer.ffn.activation, dot("btd,dp->btp", x, weight(self, "input_gate", "embed -> norm", (D, P))), inputs)
+            return dot("btp,pd->btd", h, weight(self, "input_projection", "norm -> embed", (P, D)))
 
 
 class Cycle(Module):
@@ -90,9 +106,9 @@ class Cycle(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: tuple[KeyValue, ...] | None, context: Context):
+    def __call__(self, x: jax.Array, stored: tuple[Entry, ...] | None, context: Context):
         new = []
         for i, layer in enumerate(self.layers):
-            x, kept = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)
+            x, kept, _ = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)
             new.append(kept)
         return x, None if stored is None else tuple(new)

@@ -3,6 +3,7 @@
 Of a checkpoint with pictures (model_type "gemma3") the text model is read; the vision tower and the projector are left out.
 """
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from llmjax.checkpoint.families import base
@@ -12,13 +13,6 @@ from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, Q
 
 
 def read(f: Fields) -> ModelConfig:
-    if "text_config" in f.values:
-        outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
-        text = Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
-        f.ignore(*f.values)                     # what stands beside text_config is about pictures
-        config = read(text)
-        text.finish()
-        return config
     dim, heads, context, size = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 131_072), f.count("head_dim", 256)
     norm, biased = Norm(eps=f.number("rms_norm_eps", 1e-6), offset=1.0), f.flag("attention_bias")
     final = f.optional("final_logit_softcapping", None)
@@ -43,7 +37,7 @@ def write(config: ModelConfig) -> dict:
             "rope_theta": far.theta, "rope_local_base_freq": near.theta, **({"rope_scaling": old} if old else {})}
 
 
-FAMILY = base.Family("gemma3", ("gemma3_text", "gemma3"), "Gemma3ForCausalLM", read, write, base.table(
+FAMILY = base.Family("gemma3", ("gemma3_text", "gemma3"), "Gemma3ForCausalLM", partial(base.text_part, read=read), write, base.table(
     *base.ATTENTION, *base.QK_NORMS, *base.MLP, *base.SANDWICH,
     renames=((r"^(model\.language_model\.|language_model\.model\.)", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
     extras=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",)))
