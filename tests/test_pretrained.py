@@ -63,7 +63,8 @@ TOKENS = np.random.default_rng(2).integers(3, 96, (2, 40)).astype(np.int32)     
 def theirs(name):
     """A model of transformers with random weights at a scale where a wrong rotary base shows, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     prefix, fields = CASES[name]
-    config = getattr(transformers, {"gemma3": "Gemma3TextConfig", "gemma4": "Gemma4TextConfig", "qwen3_5": "Qwen3_5TextConfig", "qwen3_5_moe": "Qwen3_5MoeTextConfig"}.get(name, prefix + "Config"))(**fields)
+    text = {"gemma3": "Gemma3TextConfig", "gemma4": "Gemma4TextConfig", "qwen3_5": "Qwen3_5TextConfig", "qwen3_5_moe": "Qwen3_5MoeTextConfig"}
+    config = getattr(transformers, text.get(name, prefix + "Config"))(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, prefix + ("LMHeadModel" if name == "gpt2" else "ForCausalLM"))(config).eval().float()
     generator = torch.Generator().manual_seed(1)

@@ -9,6 +9,8 @@ Legend: B batch, T length, L tokens of a chunk (i a token, j an earlier one), N 
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +55,8 @@ def _chunk(carried, q, k, v, decay, beta, numbers):
     decay, beta = (x.transpose(0, 2, 3, 1) for x in (decay, beta))                                 # [B, K, R, L]
     wide = lambda x: x[:, None, None]
     near = wide((numbers[:, :, None] == numbers[:, None, :]) & jnp.tri(q.shape[1], dtype=bool)[None])
-    coarse = jax.lax.stop_gradient(jnp.round(decay * 4096)) / 4096                     # sums of these are exact up to 4,096, so a total is rounded once: XLA's sum alone leaves 1e-4 after strong decays
+    # sums of the coarse part are exact up to 4,096, so a total is rounded once, as the reference implementation's: XLA's sum alone leaves 1e-4 after strong decays
+    coarse = jax.lax.stop_gradient(jnp.round(decay * 4096)) / 4096
     total = jnp.cumsum(coarse, -1) + jnp.cumsum(decay - coarse, -1)
     pair = jnp.exp(jnp.where(near, total[..., :, None] - total[..., None, :], -jnp.inf))           # what token i still sees of what j wrote
     entering = jnp.where(wide(numbers == current[:, None]), jnp.exp(total), 0)                     # … and of the state before the chunk
@@ -74,7 +77,7 @@ def recurrence(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta:
     nothing; a new segment begins with an empty state. state [B, N, D, V] float32 and segment [B] int32: what came before and the segment it belongs to (0: nothing).
     -> (y [B, T, N, V] in v's dtype, the state after the last token, its segment). Raises ValueError (check).
     """
-    (B, T, K, D), (N, V), state, segment, segments = check(q, k, v, decay, beta, segments, state, segment)
+    (_, _, K, _), (N, _), state, segment, segments = check(q, k, v, decay, beta, segments, state, segment)
     dtype = v.dtype
     q, k = (jnp.repeat(x.astype(jnp.float32), N // K, 2) for x in (q, k))
     wide = lambda x: x[..., None, None]
@@ -92,7 +95,7 @@ def recurrence(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta:
     return jnp.moveaxis(out, 0, 1).astype(dtype), state, segment
 
 
-def check(q, k, v, decay, beta, segments, state, segment):
+def check(q, k, v, decay, beta, segments, state, segment) -> tuple[Any, Any, Any, Any, Any]:
     """-> (B, T, K, D), (N, V), state, segment and segments with defaults filled in. Raises ValueError, naming the argument and its shape, where shapes do not go together."""
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
         raise ValueError(f"delta rule: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; they must be [B, T, K, D], [B, T, K, D], [B, T, N, V]")

@@ -23,14 +23,14 @@ from llmjax.models.norms import Normalize
 
 
 class MultiHeadAttention(Module):
-    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    """x [B, T, D] -> ([B, T, D], the layer's cache) and, where it lends them, the keys and values it saw."""
     spec: Attention
     norm: Norm
     compute: Compute
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None] | tuple[jax.Array, KeyValue | None, Seen]:
         a, (D, N, K, H) = self.spec, (x.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
         kinds = dict(q=("heads", N)) | ({} if a.borrows else dict(k=("kv_heads", K))) | ({} if a.borrows or a.shared_kv else dict(v=("kv_heads", K)))
         made = dict(zip(kinds, dots("btd,dnh->btnh", x, [weight(self, name, f"embed -> {heads} head_dim", (D, n, H)) for name, (heads, n) in kinds.items()])))
@@ -77,7 +77,8 @@ class MultiHeadAttention(Module):
             return Seen(stored.k, stored.v, place.after.positions, place.after.segments, in_order=False), stored
         segments = jnp.ones(k.shape[:2], jnp.int32) if context.segments is None else context.segments
         pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
-        return Seen(*(jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs), in_order=False), stored
+        k, v, positions, segments = (jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
+        return Seen(k, v, positions, segments, in_order=False), stored
 
     def attend(self, q, seen: Seen, sinks, context: Context) -> jax.Array:
         a, segments = self.spec, context.segments

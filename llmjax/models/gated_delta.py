@@ -6,6 +6,8 @@ Legend: B batch, T length, D embed, N value heads, K key heads, R = N / K, H key
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -44,7 +46,7 @@ class GatedDeltaNet(Module):
         with jax.named_scope("delta_rule"):
             rate = jnp.exp(along(weight(self, "rate_log", "heads head_dim", (K, R), LogUniform(0.01, 16.0)), decay))
             decay = -rate * jax.nn.softplus(decay + along(vector(self, "decay_bias", "heads head_dim", (K, R), 1.0), decay))
-            past = {} if stored is None else dict(state=stored.state, segment=stored.segment)
+            past: Any = {} if stored is None else dict(state=stored.state, segment=stored.segment)
             y, state, segment = gated_delta_rule(unit(q) * H ** -0.5, unit(k), v.reshape(B, T, N, V), decay.reshape(B, T, N), jax.nn.sigmoid(beta).reshape(B, T, N),
                                                  segments=segments, **past)
         y = Normalize(Norm(eps=self.norm.eps), self.compute, name="norm")(y)

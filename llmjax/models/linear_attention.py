@@ -4,6 +4,8 @@ Legend: B batch, T length, D embed, N query heads, K key/value heads, H head dim
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from llmjax.core import Compute, Layout, constrain, dot, dots
@@ -28,7 +30,7 @@ class LinearMultiHeadAttention(Module):
                                             for name, axis, n in (("q", "heads", a.heads), ("k", "kv_heads", a.kv_heads), ("v", "kv_heads", a.kv_heads))])
         q, k = context.rotate(q, a.rope), context.rotate(k, a.rope)
         q, k, v = (constrain(y, f"batch length {heads} .", self.layout.rules) for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
-        past = {} if stored is None else dict(state=stored.state, segment=stored.segment)
+        past: Any = {} if stored is None else dict(state=stored.state, segment=stored.segment)
         with jax.named_scope("attend"):
             y, state, segment = linear_attention(features(q), features(k), v, segments=context.document_of(x), **past)
         y = dot("btnh,nhd->btd", y, weight(self, "o", "heads head_dim -> embed", (a.heads, a.head_dim, D)))

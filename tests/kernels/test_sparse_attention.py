@@ -9,7 +9,6 @@ import pytest
 
 from llmjax.kernels.attention.sparse import dense, sparse
 
-
 kernel = importlib.import_module("llmjax.kernels.attention.sparse")
 
 B, T, N, K, H = 2, 43, 4, 2, 8

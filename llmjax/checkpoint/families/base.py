@@ -109,13 +109,18 @@ def layer_windows(f: Fields, count: int, window: int | None, usual: Callable[[in
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def mixers(config: ModelConfig) -> list[Any]:
+    """The mixer of each layer; of which kinds they are the family has said (Family.mixer)."""
+    return [layer.mixer for layer in config.layers]
+
+
 def layer_types(config: ModelConfig) -> list[str]:
-    return ["full_attention" if layer.mixer.window is None else "sliding_attention" for layer in config.layers]
+    return ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers(config)]
 
 
 def widest(config: ModelConfig) -> int | None:
     """The window of the sliding layers (reading the written config back finds it if they differ)."""
-    return next((layer.mixer.window for layer in config.layers if layer.mixer.window is not None), None)
+    return next((mixer.window for mixer in mixers(config) if mixer.window is not None), None)
 
 
 def first(config: ModelConfig) -> Any:

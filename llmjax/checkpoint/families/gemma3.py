@@ -30,7 +30,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    ropes: dict[bool, Any] = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
+    ropes: dict[bool, Any] = {mixer.window is None: mixer.rope for mixer in base.mixers(config)}
     far, near = ropes.get(True, Rope(1_000_000.0)), ropes.get(False, Rope(10_000.0))
     old = {k: v for k, v in write_rope(far).items() if k != "rope_theta"} if far.scaling else None
     return {**write_gemma(config), "attn_logit_softcapping": None, "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},

@@ -52,7 +52,7 @@ def read_far_rope(f: Fields, context: int) -> Rope:
     return read_rope(f, 1_000_000.0, context, FAR, ("", ""))
 
 
-def global_sizes(f: Fields, windows: list[int | None], kv: int) -> dict[str, int]:
+def global_sizes(f: Fields, windows: list[int | None], kv: int) -> dict[str, Any]:
     """Head size and kv heads of the layers that see all: `global_head_dim` and `num_global_key_value_heads`, or the `per_layer_config` that transformers writes in their place.
     Raises CheckpointError where layers of one kind differ, or others than these have sizes of their own."""
     given = f.values.get("per_layer_config")
@@ -67,9 +67,9 @@ def global_sizes(f: Fields, windows: list[int | None], kv: int) -> dict[str, int
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    kinds = {layer.mixer.window is None: layer.mixer for layer in reversed(config.layers)}
-    near, far = kinds.get(False, kinds.get(True)), kinds.get(True, kinds.get(False))
-    shared = sum(layer.mixer.borrows is not None for layer in config.layers)
+    mixers = base.mixers(config)
+    near, far = (next((m for m in mixers if (m.window is None) == wide), mixers[0]) for wide in (False, True))
+    shared = sum(m.borrows is not None for m in mixers)
     plain, own = config.layers[0].ffn.hidden, config.layer_inputs
     return {**base.common(config, "hidden_activation", near), "sliding_window": base.widest(config) or 512, "layer_types": base.layer_types(config), "attention_bias": near.qkv_bias,
             "rope_parameters": {FAR: write_rope(far.rope), NEAR: write_rope(near.rope)}, "global_head_dim": far.head_dim,
@@ -86,5 +86,4 @@ OWN = (Row("model.embed_tokens_per_layer.weight", "layer_inputs/table", "v (l p)
 FAMILY = base.Family("gemma4", ("gemma4_text", "gemma4"), "Gemma4ForCausalLM", partial(base.text_part, read=read), write, base.table(
     *base.ATTENTION, *base.QK_NORMS, *base.MLP, *base.SANDWICH, *OWN,
     renames=((r"^(model\.language_model\.|language_model\.model\.)", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
-    # layers that borrow keys and values may bring projections that nothing reads
     extras=(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\..*",)))

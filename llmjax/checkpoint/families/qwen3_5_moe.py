@@ -24,7 +24,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    written = {**write_mixers(config), **write_experts(config), "shared_expert_intermediate_size": config.layers[0].ffn.shared}
+    written = {**write_mixers(config), **write_experts(config), "shared_expert_intermediate_size": base.first(config).ffn.shared}
     return {k: v for k, v in written.items() if k not in ("intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob")}
 
 

@@ -30,7 +30,10 @@ def write_experts(config: ModelConfig) -> dict[str, Any]:
             "norm_topk_prob": experts.renormalize, "decoder_sparse_step": 1, "mlp_only_layers": dense_layers(config)}
 
 
-def experts_of(f: Fields, activation: Any, usual: MixtureOfExperts = MixtureOfExperts(128, 8, 768, renormalize=False), **more: Any) -> MixtureOfExperts:
+USUAL = MixtureOfExperts(128, 8, 768, renormalize=False)
+
+
+def experts_of(f: Fields, activation: Any, usual: MixtureOfExperts = USUAL, **more: Any) -> MixtureOfExperts:
     """usual: what holds where the config says nothing."""
     count = "num_experts" if "num_experts" in f.values else "num_local_experts"
     f.ignore("num_experts", "num_local_experts")                                         # two names of one number

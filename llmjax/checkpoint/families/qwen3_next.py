@@ -11,7 +11,7 @@ from llmjax.checkpoint.families.qwen3_moe import EXPERTS, experts_of, sparse, wr
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.checkpoint.table import Row
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, FeedForward, GatedDelta, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm
+from llmjax.core.model_config import Attention, FeedForward, GatedDelta, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope
 
 D = base.L + "linear_attn."
 GATED = (Row(base.L + "self_attn.q_proj.weight", ("mixer/q", "mixer/gate"), "(n [h]) d -> d n h"),
@@ -30,7 +30,7 @@ def read_mixers(f: Fields, dim: int, norm: Norm, context: int, usual_kv: int) ->
     near = GatedDelta(f.count("linear_num_value_heads", 32), f.count("linear_num_key_heads", 16), f.count("linear_key_head_dim", 128), f.count("linear_value_head_dim", 128),
                       f.count("linear_conv_kernel_dim", 4), f.activation("hidden_act", "silu"))
     kinds = f.value("layer_types", None) or ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(count)]
-    known = {"full_attention": far, "linear_attention": near}
+    known: dict[str, Attention | GatedDelta] = {"full_attention": far, "linear_attention": near}
     if len(kinds) != count or not set(kinds) <= set(known):
         raise CheckpointError(f"{f.where}: layer_types={kinds}: {count} of {', '.join(known)} are expected")
     return [known[kind] for kind in kinds]
@@ -42,7 +42,7 @@ def write_mixers(config: ModelConfig) -> dict[str, Any]:
     near = next((m for m in mixers if isinstance(m, GatedDelta)), GatedDelta(1, 1, 1, 1))
     far: Attention = next((m for m in mixers if isinstance(m, Attention)), Attention(1, 1, 8, gate=True))
     shared = base.common(config, mixer=far)
-    return {**shared, **both_ropes(far.rope, partial=True), "attention_bias": far.qkv_bias, "linear_num_value_heads": near.heads, "linear_num_key_heads": near.key_heads,
+    return {**shared, **both_ropes(far.rope or Rope(), partial=True), "attention_bias": far.qkv_bias, "linear_num_value_heads": near.heads, "linear_num_key_heads": near.key_heads,
             "linear_key_head_dim": near.key_dim, "linear_value_head_dim": near.value_dim, "linear_conv_kernel_dim": near.width,
             "layer_types": ["full_attention" if isinstance(m, Attention) else "linear_attention" for m in mixers]}
 

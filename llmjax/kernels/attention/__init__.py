@@ -1,4 +1,7 @@
-"""Attention behind one signature: `reference` (the slow twin), `blockwise` (CPU and portable), `cudnn`, `splash`, and `sparse` for windows with global tokens; which of them `auto` means, and how one runs on a mesh."""
+"""Attention behind one signature: `reference` (the slow twin), `blockwise` (CPU and portable), `cudnn`, `splash`; which of them `auto` means, and how one runs on a mesh.
+
+`sparse` (windows with global tokens) has a signature of its own.
+"""
 from llmjax.kernels.attention.blockwise import blockwise
 from llmjax.kernels.attention.choice import IMPLEMENTATIONS, choose, sharded
 from llmjax.kernels.attention.cudnn import cudnn

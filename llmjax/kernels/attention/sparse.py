@@ -46,7 +46,7 @@ def sparse(q, k, v, *, query_positions=None, key_positions=None, query_segments=
         p = jnp.where(see[:, None, None], jnp.exp(s - top), 0)
         return tuple(x.transpose(0, 3, 1, 2) for x in (top[..., 0], p.sum(-1))) + (jnp.einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v, preferred_element_type=jnp.float32),)
     rule = dict(causal=causal, window=window, globals=globals)
-    top, norm, out = _blocks(partial, q, k, v, where, rule) if in_order else _picked(partial, q, k, v, where, rule)
+    _, norm, out = _blocks(partial, q, k, v, where, rule) if in_order else _picked(partial, q, k, v, where, rule)
     return (out / jnp.where(norm > 0, norm, 1.0)[..., None]).reshape(B, T, N, v.shape[-1]).astype(q.dtype)
 
 
