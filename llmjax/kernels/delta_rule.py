@@ -77,7 +77,7 @@ def recurrence(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta:
     nothing; a new segment begins with an empty state. state [B, N, D, V] float32 and segment [B] int32: what came before and the segment it belongs to (0: nothing).
     -> (y [B, T, N, V] in v's dtype, the state after the last token, its segment). Raises ValueError (check).
     """
-    (_, _, K, _), (N, _), state, segment, segments = check(q, k, v, decay, beta, segments, state, segment)
+    (_, _, K, _), (N, _), *past, segments = check(q, k, v, decay, beta, segments, state, segment)
     dtype = v.dtype
     q, k = (jnp.repeat(x.astype(jnp.float32), N // K, 2) for x in (q, k))
     wide = lambda x: x[..., None, None]
@@ -91,8 +91,8 @@ def recurrence(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta:
         state = jnp.where(wide(s > 0)[..., None], fresh, state)
         return (state, jnp.where(s > 0, s, segment)), jnp.einsum("bnd,bndv->bnv", q, state, precision="highest")
     tokens = [jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (q, k, v, decay, beta)]
-    (state, segment), out = jax.lax.scan(one, (state, segment), (*tokens, segments.T))
-    return jnp.moveaxis(out, 0, 1).astype(dtype), state, segment
+    (last, ends), out = jax.lax.scan(one, tuple(past), (*tokens, segments.T))
+    return jnp.moveaxis(out, 0, 1).astype(dtype), last, ends
 
 
 def check(q, k, v, decay, beta, segments, state, segment) -> tuple[Any, Any, Any, Any, Any]:
