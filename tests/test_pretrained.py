@@ -25,6 +25,8 @@ BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_laye
 MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 BERT = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
 DEBERTA = {**BERT, "relative_attention": True, "position_buckets": 8, "max_relative_positions": 20}
+# At 0.2 either side's float32 stands 8e-5 from float64 in these: a norm follows each head's read, which is small at times.
+DELTA = dict(initializer_range=0.1, head_dim=16, num_hidden_layers=4, linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4)
 ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 ROPE_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=2,
@@ -69,6 +71,12 @@ CASES = {
     "nanochat": ("NanoChat", BASE),
     "opt": ("OPT", dict(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
                         do_layer_norm_before=False, init_std=0.2)),
+    "gemma4": ("Gemma4", {**BASE, "head_dim": 16, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 6, "num_hidden_layers": 7,
+                          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2 + ["full_attention"], "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
+                          "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 20.0}),
+    "qwen3_next": ("Qwen3Next", {**BASE, **MOE, **DELTA, "shared_expert_intermediate_size": 24, "attention_bias": True, "mlp_only_layers": [1]}),
+    "qwen3_5": ("Qwen3_5", {**BASE, **DELTA, "full_attention_interval": 2}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**BASE, **MOE, **DELTA, "shared_expert_intermediate_size": 24}),
     "gpt2": ("GPT2", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, scale_attn_by_inverse_layer_idx=True)),
     "bert": ("Bert", BERT), "roberta": ("Roberta", {**BERT, "pad_token_id": 1}), "xlm-roberta": ("XLMRoberta", {**BERT, "pad_token_id": 1, "num_labels": 3}),
     "distilbert": ("DistilBert", dict(vocab_size=96, dim=32, hidden_dim=64, n_layers=3, n_heads=4, max_position_embeddings=64, initializer_range=0.2)),
@@ -94,7 +102,8 @@ SHORT = 11              # of a decoder that has an encoder
 def theirs(name):
     """A model of transformers with random weights at a scale where a wrong rotary base shows, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     prefix, fields = CASES[name]
-    config = getattr(transformers, {"gemma3": "Gemma3TextConfig", "llama4": "Llama4TextConfig"}.get(name, prefix + "Config"))(**fields)
+    text = {"gemma3": "Gemma3TextConfig", "gemma4": "Gemma4TextConfig", "llama4": "Llama4TextConfig", "qwen3_5": "Qwen3_5TextConfig", "qwen3_5_moe": "Qwen3_5MoeTextConfig"}
+    config = getattr(transformers, text.get(name, prefix + "Config"))(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, prefix + CLASSES.get(name, "ForCausalLM"))(config).eval().float()
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmjax.checkpoint.quantized import scheme_of
 from llmjax.core.errors import CheckpointError, nearest
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
+from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
 
 # What a config.json may say that does not change the answer: names, training and generation settings, caches, ids that the tokenizer knows better.
 HARMLESS = frozenset("""
@@ -138,12 +138,12 @@ def read_rope(fields: Fields, theta: float, context: int, kind: str | None = Non
     base = rope.number("rope_theta", None)
     base = float(base if base is not None else outer if outer is not None else theta)
     partial = rope.number("partial_rotary_factor", partial)
-    if fraction is None and partial not in (None, 1, 1.0):
+    if fraction is None and partial not in (None, 1, 1.0) and rope.values.get("rope_type") != "proportional":
         raise CheckpointError(f"{fields.where}: partial_rotary_factor={partial}: this family rotates whole heads")
     old = rope.value("type", None)
     name = rope.value("rope_type", old) or "default"
     original = fields.values.get("original_max_position_embeddings") or rope.number("original_max_position_embeddings", None) or context
-    rope.ignore("original_max_position_embeddings", "finetuned")
+    rope.ignore("original_max_position_embeddings", "finetuned", "mrope_section", "mrope_interleaved")      # of text all sections have the same position
     scale: Any = None
     if name == "linear":
         scale = LinearScaling(float(rope.number("factor")))
@@ -158,8 +158,11 @@ def read_rope(fields: Fields, theta: float, context: int, kind: str | None = Non
         fast, slow = float(rope.number("beta_fast", None) or 32), float(rope.number("beta_slow", None) or 1)
         scale = Yarn(float(context / original if factor is None else factor), int(original), fast, slow,
                      rope.number("attention_factor", None), rope.number("mscale", None), rope.number("mscale_all_dim", None), rope.flag("truncate", True))
+    elif name == "proportional":
+        scale = Proportional(float(1.0 if partial is None else partial), float(rope.number("factor", 1.0)))
+        fraction = None
     elif name != "default":
-        raise CheckpointError(f"{fields.where}: the rope type {name!r} is unknown" + nearest(str(name), ["default", "linear", "dynamic", "yarn", "llama3", "longrope"]))
+        raise CheckpointError(f"{fields.where}: the rope type {name!r} is unknown" + nearest(str(name), ["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]))
     if name == "default":
         rope.ignore("factor")
     rope.finish(())
@@ -198,6 +201,8 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         optional = {"attention_factor": scale.attention_factor, "mscale": scale.mscale, "mscale_all_dim": scale.mscale_all_dim}
         out |= {"rope_type": "yarn", "factor": scale.factor, "original_max_position_embeddings": scale.context, "beta_fast": scale.beta_fast, "beta_slow": scale.beta_slow}
         return out | {k: v for k, v in optional.items() if v is not None} | ({} if scale.truncate else {"truncate": False})
+    if isinstance(scale, Proportional):
+        return out | {"rope_type": "proportional", "partial_rotary_factor": scale.fraction, **({"factor": scale.factor} if scale.factor != 1.0 else {})}
     raise CheckpointError(f"config.json has no words for the rotary scaling {type(scale).__name__}")
 
 

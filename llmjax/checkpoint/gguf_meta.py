@@ -149,7 +149,7 @@ def layer_norm_of(m: Meta) -> Norm:
 def decoder_fields(config: ModelConfig) -> dict[str, Any]:
     """What every architecture says alike, out of the first layer (reading the written fields back finds it if others differ)."""
     layer = config.layers[0]
-    mixer = layer.mixer
+    mixer: Any = layer.mixer
     norm = "attention.layer_norm_rms_epsilon" if config.norm.kind == "rms" else "attention.layer_norm_epsilon"
     return {"context_length": config.context, "embedding_length": config.dim, "block_count": len(config.layers), "feed_forward_length": layer.ffn.hidden,
             "attention.head_count": mixer.heads, "attention.head_count_kv": mixer.kv_heads, "attention.key_length": mixer.head_dim, "attention.value_length": mixer.head_dim,

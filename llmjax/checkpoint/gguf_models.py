@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.checkpoint.families import difference
-from llmjax.checkpoint.families.base import plain, scale_of
+from llmjax.checkpoint.families.base import mixers, plain, scale_of
 from llmjax.checkpoint.gguf_meta import File, Head, Meta, decoder_fields, divisors_of, finish, layer_norm_of, mixer_of, norm_of, rope_of
 from llmjax.checkpoint.table import Row, Table, cells
 from llmjax.core.errors import CheckpointError, ConfigError
@@ -161,21 +161,21 @@ def write_qwen3moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_window(config: ModelConfig) -> dict[str, Any]:
-    window = next((layer.mixer.window for layer in config.layers if layer.mixer.window), None)
+    window = next((mixer.window for mixer in mixers(config) if mixer.window), None)
     return decoder_fields(config) | ({"attention.sliding_window": window} if window else {})
 
 
 def write_gemma2(config: ModelConfig) -> dict[str, Any]:
-    mixer: Any = config.layers[0].mixer
+    mixer = mixers(config)[0]
     return {**write_window(config), "attn_logit_softcapping": mixer.softcap or 0.0, "final_logit_softcapping": config.logit_softcap or 0.0}
 
 
 def write_gemma3(config: ModelConfig) -> dict[str, Any]:
     """llama.cpp knows the layers that see all by their place, every sixth; another pattern is told."""
-    mixers = [layer.mixer for layer in config.layers]
-    far, near = (next((x.rope for x in mixers if (x.window is None) == whole), None) for whole in (True, False))
-    every = next((i + 1 for i, x in enumerate(mixers) if x.window is None), 6)
-    first = replace(config.layers[0], mixer=replace(mixers[0], rope=far or Rope(1_000_000.0)))
+    kinds = mixers(config)
+    far, near = (next((x.rope for x in kinds if (x.window is None) == whole), None) for whole in (True, False))
+    every = next((i + 1 for i, x in enumerate(kinds) if x.window is None), 6)
+    first = replace(config.layers[0], mixer=replace(kinds[0], rope=far or Rope(1_000_000.0)))
     out = write_window(replace(config, prefix=(first, *config.layers[1:]), cycle=(), repeats=0, suffix=()))
     out |= {"rope.freq_base_swa": near.theta} if near and near.theta != 10_000.0 else {}
     return out | ({"attention.sliding_window_pattern": every} if every != 6 else {}) | ({"final_logit_softcapping": config.logit_softcap} if config.logit_softcap else {})
@@ -225,7 +225,7 @@ def to_gguf(config: ModelConfig, params: Mapping[str, Any]) -> tuple[dict[str, A
     ids = {"bos": config.bos_token, "padding": config.pad_token, **dict(zip(("eos", "eot", "eom"), config.end_tokens))}
     fields = {"general.architecture": name, **{f"{name}.{key}": value for key, value in arch.write(config).items()},
               **{f"tokenizer.ggml.{role}_token_id": value for role, value in ids.items() if value is not None}}
-    mixer = config.layers[0].mixer
+    mixer = mixers(config)[0]
     small = divisors_of(mixer.rope, mixer.head_dim)
     rows = arch.experts if f"{name}.expert_count" in fields and arch.experts else arch.table
     shapes = {cell.name: cell.shape for cell in cells(rows, params)} | {key: x.shape for key, x in small.items()}

@@ -49,6 +49,7 @@ class Row:
     stack: the subtree whose layers {l} counts ("" is the top).
     sizes: (letter, parameter, dimension) for letters of the pattern that the shapes leave open: the size of that dimension of that parameter.
     without: a parameter of the layer beside which there is no such tensor (T5 calls a feed-forward's matrix otherwise where it has a gate).
+    beside: a parameter that the layer must have too ("" for none), where layers of several kinds have parameters of one name.
     A row whose parameters a model (or a layer) does not have, or has with another number of dimensions, is passed over.
     Where two rows make the same parameter, the first is written; the one whose tensor is there is read.
     """
@@ -59,6 +60,7 @@ class Row:
     stack: str = ""
     sizes: tuple[tuple[str, str, int], ...] = ()
     without: str = ""
+    beside: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ def cells(table: Table, flat: Mapping[str, Any]) -> Iterator[Cell]:
     for row in table.rows:
         for l, (base, index) in enumerate(layers(row.stack)) if "{l}" in row.name else [(None, ("", None))]:
             names = [f"{base}/{path}" if base else path for path in row.paths]
-            if not all(name in flat for name in names) or (row.without and f"{base}/{row.without}" in flat):
+            if not all(name in flat for name in names) or (row.without and f"{base}/{row.without}" in flat) or (row.beside and f"{base}/{row.beside}" not in flat):
                 continue
             lead = () if index is None else (index,)
             experts = range(flat[names[0]].shape[len(lead)]) if "{e}" in row.name else (None,)

@@ -37,6 +37,7 @@ RULES: Rules = (
     ("norm", None),
     ("router", None),
     ("position", None),
+    ("width", None),
 )
 
 

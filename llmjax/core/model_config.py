@@ -73,7 +73,14 @@ class LongRope:
     attention_factor: float = 1.0
 
 
-RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling | LongRope
+@dc.dataclass(frozen=True)
+class Proportional:
+    """The slowest pairs of each head stand still: the first `fraction` of the frequencies of the whole head, the others 0; all divided by `factor` (Gemma 4; as in transformers)."""
+    fraction: float
+    factor: float = 1.0
+
+
+RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling | LongRope | Proportional
 
 
 @dc.dataclass(frozen=True)
@@ -158,6 +165,12 @@ class Attention:
     alibi: Alibi | None = None
     temperature: Temperature | None = None
     relative: Relative | None = None
+    gate: bool = False                 # what a head answers, times sigmoid of a projection of the layer's input
+    v_norm: Norm | None = None         # on values, over each head
+    shared_kv: bool = False            # one projection makes keys and values (before their norms)
+    lends: str | None = None           # the name under which later layers may see its keys and values
+    borrows: str | None = None         # it has no keys and values but those that an earlier layer lends under this name
+    globals: int | None = None         # with a window: so many tokens at the start of a document see, and are seen by, all of it (Longformer, BigBird)
 
 
 @dc.dataclass(frozen=True)
@@ -186,6 +199,26 @@ class LatentAttention:
     def kv_heads(self) -> int:
         """One latent serves all heads."""
         return 1
+
+
+@dc.dataclass(frozen=True)
+class GatedDelta:
+    """Gated delta net (Yang et al. 2024, arXiv:2412.06464): a causal convolution on queries, keys and values, the gated delta rule, a gated RMS norm on each head."""
+    heads: int                         # of values and states
+    key_heads: int                     # of queries and keys: each serves heads / key_heads of them
+    key_dim: int
+    value_dim: int
+    width: int = 4                     # of the convolution
+    activation: Activation = "silu"    # after the convolution
+
+
+@dc.dataclass(frozen=True)
+class LinearAttention:
+    """Attention with the features elu(x) + 1 in place of the exponential (Katharopoulos et al. 2020, arXiv:2006.16236): no scores, a state of constant size."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -224,7 +257,8 @@ class MixtureOfExperts:
     limit: float | None = None         # gate at most limit, up within ± limit, then (up + 1) · gate · sigmoid(1.702 gate) (gpt-oss)
 
 
-Mixer = Attention | LatentAttention
+Recurrent = GatedDelta | LinearAttention       # what they remember is a state, not every token
+Mixer = Attention | LatentAttention | Recurrent
 FeedForward = Mlp | MixtureOfExperts
 Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
 
@@ -236,6 +270,7 @@ class Layer:
     wiring: Wiring = "pre"
     residual_scale: float = 1.0
     cross: Attention | None = None     # attention to an encoder's output, between mixer and feed-forward, with a norm of its own
+    output_scale: bool = False         # a learned number times all that the layer answers
 
 
 @dc.dataclass(frozen=True)
@@ -295,6 +330,13 @@ Head = LanguageHead | MaskedHead | ClassifierHead | TokenHead | SpanHead | Repla
 
 
 @dc.dataclass(frozen=True)
+class LayerInputs:
+    """Every layer gets an input of its own: a row of a second embedding of width `dim` per layer, and a projection of the first (Gemma 3n and 4)."""
+    vocab_size: int
+    dim: int
+
+
+@dc.dataclass(frozen=True)
 class ModelConfig:
     """A model over tokens. Layers in order: prefix, cycle × repeats, suffix. With the language head it is a decoder, with an encoder too an encoder-decoder, with any other head an
     encoder."""
@@ -326,6 +368,7 @@ class ModelConfig:
     embed_proj_first: bool = False     # positions are added after the projection (OPT-350m), not before
     encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding
     decoder_start: int | None = None   # the token an encoder-decoder's answer starts from
+    layer_inputs: LayerInputs | None = None
 
     def __post_init__(self):
         if not self.layers:
@@ -339,6 +382,7 @@ class ModelConfig:
         mixers = self.relative_mixers
         if len({mixer.relative for mixer in mixers}) > 1 or any(mixer.window for mixer in mixers):
             raise ConfigError("relative positions are of one kind in a stack, and its layers have no window")
+        check_lending(self)
 
     @property
     def relative_mixers(self) -> list[Attention]:
@@ -359,7 +403,14 @@ def check_layer(layer: Layer, where: str) -> None:
     mixer = layer.mixer
     if layer.cross and layer.wiring not in ("pre", "after_sum"):
         raise ConfigError(f"{where}: wiring {layer.wiring!r} has no place for cross-attention; pre and after_sum have")
-    if mixer.heads % mixer.kv_heads:
+    if isinstance(mixer, GatedDelta):
+        if mixer.heads % mixer.key_heads:
+            raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of key_heads={mixer.key_heads}")
+        if mixer.width < 2:
+            raise ConfigError(f"{where}: width={mixer.width}; the convolution needs at least 2 tokens")
+        if mixer.activation not in get_args(Activation):
+            raise ConfigError(f"{where}: activation {mixer.activation!r} is unknown" + nearest(mixer.activation, get_args(Activation)))
+    elif mixer.heads % mixer.kv_heads:
         raise ConfigError(f"{where}: heads={mixer.heads} is not a multiple of kv_heads={mixer.kv_heads}")
     rope, size = rotation(mixer)
     if rope and int(size * rope.fraction) % 2:
@@ -370,6 +421,8 @@ def check_layer(layer: Layer, where: str) -> None:
                 raise ConfigError(f"{where}: LongRope has {len(factors)} {name} factors, the {int(size * rope.fraction)} rotated dimensions need {int(size * rope.fraction) // 2}")
     if isinstance(mixer, Attention) and mixer.chunked and not mixer.window:
         raise ConfigError(f"{where}: chunked attention needs a window, the length of a chunk")
+    if isinstance(mixer, Attention) and mixer.globals is not None and (mixer.globals < 1 or mixer.window is None or mixer.sinks):
+        raise ConfigError(f"{where}: globals={mixer.globals} with window={mixer.window}, sinks={mixer.sinks}: global tokens go with a window, without sinks, and there is at least one")
     if isinstance(layer.ffn, MixtureOfExperts):
         check_experts(layer.ffn, where)
 
@@ -384,7 +437,34 @@ def check_experts(ffn: MixtureOfExperts, where: str) -> None:
 
 def rotation(mixer: Mixer) -> tuple[Rope | None, int]:
     """(rotary positions, how many numbers of a query they are a part of)."""
+    if isinstance(mixer, GatedDelta):
+        return None, 0
     return mixer.rope, mixer.rope_dim if isinstance(mixer, LatentAttention) else mixer.head_dim
+
+
+def check_lending(config: ModelConfig) -> None:
+    """Raises ConfigError where a layer borrows what no earlier layer lends, or of other numbers, and where layers that know of each other would be scanned."""
+    lent: dict[str, Attention] = {}
+    for i, mixer in enumerate(layer.mixer for layer in config.layers):
+        if not isinstance(mixer, Attention) or not (mixer.lends or mixer.borrows):
+            continue
+        if config.cycle:
+            raise ConfigError(f"layer {i} lends or borrows keys and values: such layers stand apart, in prefix, not in cycle")
+        if mixer.borrows:
+            lender = lent.get(mixer.borrows)
+            if lender is None:
+                raise ConfigError(f"layer {i} borrows {mixer.borrows!r}, which no layer before it lends" + nearest(mixer.borrows, lent))
+            for name in ("kv_heads", "head_dim", "window", "rope", "causal"):
+                if getattr(mixer, name) != getattr(lender, name):
+                    raise ConfigError(f"layer {i} borrows {mixer.borrows!r}: its {name}={getattr(mixer, name)} is not the lender's {getattr(lender, name)}")
+            if mixer.lends:
+                raise ConfigError(f"layer {i} borrows {mixer.borrows!r} and cannot lend it on")
+        elif mixer.lends in lent:
+            raise ConfigError(f"layer {i}: {mixer.lends!r} is lent by an earlier layer already")
+        elif mixer.lends:
+            lent[mixer.lends] = mixer
+    if config.layer_inputs and config.cycle:
+        raise ConfigError("layer_inputs differ from layer to layer: the layers stand apart, in prefix, not in cycle")
 
 
 def find_cycle(layers: tuple[Layer, ...], longest: int = 16) -> dict:

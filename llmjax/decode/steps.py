@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llmjax.decode.sampling import Sampling, sample
-from llmjax.models import Cache, Decoder, grow_cache
+from llmjax.models import Cache, Decoder, State, grow_cache
 from llmjax.models import init_cache as empty_cache
 
 
@@ -103,8 +103,8 @@ def rewind(cache: Cache, lengths: jax.Array) -> Cache:
 
 
 def can_rewind(cache: Cache) -> bool:
-    """Whether every layer keeps all positions."""
-    return len(cache.slots) == 1
+    """Whether every layer keeps all positions: none has a ring, and none a state, which no token can be taken out of."""
+    return len(cache.slots) == 1 and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -1,9 +1,9 @@
 """Flax modules: decoders, encoders, encoder-decoders and their parts. A module is a function of (parameters, tokens, positions, segments, cache)."""
 from llmjax.models.build import build
-from llmjax.models.cache import Cache, KeyValue, Slots, grow_cache, init_cache
+from llmjax.models.cache import Cache, KeyValue, Slots, State, grow_cache, init_cache
 from llmjax.models.decoder import Decoder
 from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_decoder import EncoderDecoder
 from llmjax.models.module import abstract_params, init_params, labels
 
-__all__ = ["Cache", "Decoder", "Encoder", "EncoderDecoder", "KeyValue", "Slots", "abstract_params", "build", "grow_cache", "init_cache", "init_params", "labels"]
+__all__ = ["Cache", "Decoder", "Encoder", "EncoderDecoder", "KeyValue", "Slots", "State", "abstract_params", "build", "grow_cache", "init_cache", "init_params", "labels"]

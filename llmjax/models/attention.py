@@ -19,45 +19,56 @@ from llmjax.core.mesh import mesh_axes
 from llmjax.core.model_config import MAX_CHUNKS, Alibi, Attention, Disentangled, LatentAttention, Norm, RelativeBuckets, Temperature
 from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
-from llmjax.models.context import Context
+from llmjax.models.context import Context, Seen
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.relative import disentangled
 
 
 class MultiHeadAttention(Module):
-    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    """x [B, T, D] -> ([B, T, D], the layer's cache) and, where it lends them, the keys and values it saw."""
     spec: Attention
     norm: Norm
     compute: Compute
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None] | tuple[jax.Array, KeyValue | None, Seen]:
         a = self.spec
-        q, k, v = self.projected(x, "q", "k", "v")
-        if a.clip:
-            q, k, v = (jnp.clip(y, -a.clip, a.clip) for y in (q, k, v))
-        if a.qk_norm and not a.qk_norm.rotated:
-            q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
-        q, k = context.rotate(q, a.rope), context.rotate(k, a.rope)
-        if a.qk_norm and a.qk_norm.rotated:
-            q, k = self.normalized("q_norm", q), self.normalized("k_norm", k)
+        names = ("q",) if a.borrows else ("q", "k") if a.shared_kv else ("q", "k", "v")
+        q, *kv = (y if a.clip is None else jnp.clip(y, -a.clip, a.clip) for y in self.projected(x, *names))
+        q = self.turned("q_norm", q, context)
         if a.temperature:
             q = q * sharpening(a.temperature, context.places(q.shape[1])).astype(q.dtype)
-        q, k, v = (constrain(y, f"batch length {heads} .", self.layout.rules) for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
+        q = constrain(q, "batch length heads .", self.layout.rules)
         sinks = vector(self, "sinks", "heads", (a.heads,)) if a.sinks else None
-        bias = self.position_bias(q, k, context)
+        if a.borrows:
+            seen, bias = context.lent[a.borrows], None
+        else:
+            k, v = self.turned("k_norm", kv[0], context), kv[-1] if a.v_norm is None else Normalize(a.v_norm, self.compute, name="v_norm")(kv[-1])
+            k, v = (constrain(y, "batch length kv_heads .", self.layout.rules) for y in (k, v))
+            bias = self.position_bias(q, k, context)
+            seen, stored = look(k, v, context, stored, None if a.globals else a.window)
         with jax.named_scope("attend"):
-            seen, stored = look(k, v, context, stored, a.window)
-            y = attend(q, seen, context, a, scale=self.scale(), softcap=a.softcap, chunked=a.chunked, sinks=sinks, bias=bias,
+            y = attend(q, seen, context, a, scale=self.scale(), softcap=a.softcap, chunked=a.chunked, globals=a.globals, sinks=sinks, bias=bias,
                        slopes=None if a.alibi is None else slopes(a.alibi, a.heads), compute=self.compute, layout=self.layout)
-        return self.output(y, x.shape[-1]), stored
+        if a.gate:
+            y = y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype)
+        y = self.output(y, x.shape[-1])
+        return (y, stored, seen) if a.lends else (y, stored)
+
+    def turned(self, name: str, x: jax.Array, context: Context) -> jax.Array:
+        """Queries or keys, rotated, and normed before or after that where the layer norms them."""
+        a = self.spec
+        if a.qk_norm and not a.qk_norm.rotated:
+            x = self.normalized(name, x)
+        x = context.rotate(x, a.rope)
+        return self.normalized(name, x) if a.qk_norm and a.qk_norm.rotated else x
 
     def projected(self, x: jax.Array, *names: str, axis: str = "embed") -> list[jax.Array]:
         """x [B, T, D] through the projections of these names ("q", "k", "v") -> [B, T, heads, H] each; `axis` is what their label calls D."""
         a, D = self.spec, x.shape[-1]
-        kinds = {name: ("heads", a.heads) if name == "q" else ("kv_heads", a.kv_heads) for name in names}
+        kinds = {name: ("heads", a.heads) if name in ("q", "gate") else ("kv_heads", a.kv_heads) for name in names}
         ys = dots("btd,dnh->btnh", x, [weight(self, name, f"{axis} -> {heads} head_dim", (D, n, a.head_dim)) for name, (heads, n) in kinds.items()])
         if a.qkv_bias:
             ys = [y + along(vector(self, f"{name}_bias", f"{heads} head_dim", (n, a.head_dim)), y) for y, (name, (heads, n)) in zip(ys, kinds.items())]
@@ -106,7 +117,7 @@ class CrossAttention(MultiHeadAttention):
         k, v = stored.k.astype(q.dtype), stored.v.astype(q.dtype)
         mine = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None and context.source_segments is not None else context.segments
         with jax.named_scope("attend"):
-            own = dc.replace(context, positions=None, segments=mine)
+            own = dc.replace(context, positions=None, prefix=None, segments=mine)
             seen = Seen(k, v, None, context.source_segments, False)
             y = attend(q, seen, own, dc.replace(self.spec, causal=False, window=None), scale=self.scale(), compute=self.compute, layout=self.layout)
         return self.output(y, x.shape[-1]), stored
@@ -123,16 +134,6 @@ def slopes(spec: Alibi, heads: int) -> jax.Array:
     exponents = [*(np.arange(1, whole + 1) / whole), *(np.arange(1, 2 * (heads - whole) + 1, 2) / (2 * whole))]
     values = jnp.asarray(2.0 ** (-spec.max_bias * np.array(exponents)), jnp.float32)
     return (values.astype(jnp.bfloat16).astype(jnp.float32) if spec.rounded else values) * spec.scale
-
-
-@dc.dataclass(frozen=True)
-class Seen:
-    """What queries may look at: k [B, S, K, H], v [B, S, K, Hv], positions and segments [B, S] (None: a range, one document). own: this call's own tokens and no others."""
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array | None
-    segments: jax.Array | None
-    own: bool
 
 
 def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, window: int | None) -> tuple[Seen, KeyValue | None]:
@@ -153,17 +154,21 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, 
 
 
 def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout, softcap: float | None = None,
-           chunked: bool = False, sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+           chunked: bool = False, globals: int | None = None, sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
     segments = context.segments
-    if not seen.own and segments is None:
+    if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-    where: dict[str, Any] = dict(query_positions=context.positions, query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
+    where: dict[str, Any] = dict(query_positions=context.reach(q.shape[1]), query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
     if chunked:
         assert spec.window
         for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
             where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
-    settings: dict[str, Any] = dict(causal=spec.causal, in_order=seen.own, window=spec.window, softcap=softcap, sinks=sinks, slopes=slopes)
+    if globals is not None:
+        assert spec.window
+        return kernels.sparse(q, seen.k, seen.v, **where, globals=globals, causal=spec.causal, in_order=seen.in_order and context.prefix is None, window=spec.window, softcap=softcap,
+                              scale=scale)
+    settings: dict[str, Any] = dict(causal=spec.causal, in_order=seen.in_order and context.prefix is None, window=spec.window, softcap=softcap, sinks=sinks, slopes=slopes)
     name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
     tell(name, reason)
     implementation = kernels.IMPLEMENTATIONS[name]

@@ -1,4 +1,4 @@
-"""What a model remembers between calls: keys and values of each layer, and which token stands in which slot.
+"""What a model remembers between calls: keys and values of each attention layer, and which token stands in which slot; of a recurrent layer its state.
 
 The cache is a pytree that goes in and comes out. A layer without a window has one slot per position; a layer with a window has a ring of `window` slots. Which token a
 slot holds is kept once per size (`Slots`), not once per layer. Attention sees two functions: `plan` (once per call and size) and `remember` (once per layer).
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llmjax.core.model_config import LatentAttention, Mixer, ModelConfig
+from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, LinearAttention, Mixer, ModelConfig, Recurrent
 
 
 @register_dataclass
@@ -35,18 +35,34 @@ class KeyValue:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
+class State:
+    """What a recurrent layer made of all tokens so far: state [B, heads, key dim, value dim] float32, segment [B] int32 (what it belongs to; 0: nothing yet); `recent`: of a layer with
+    a convolution the inputs [B, W - 1, …] it still sees and their segments [B, W - 1]. With a leading [repeats] axis in a scanned cycle."""
+    state: jax.Array
+    segment: jax.Array
+    recent: tuple[jax.Array, jax.Array] | None = None
+
+
+Own = KeyValue | State | None      # None: of a layer that borrows what another keeps
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
 class WithSource:
     """Of a layer with cross-attention: what it remembers of its own tokens, and keys and values of the encoder's output (None until the first call, which makes them)."""
-    own: KeyValue
+    own: Own
     source: KeyValue | None
+
+
+Entry = Own | WithSource
 
 
 @register_dataclass
 @dc.dataclass(frozen=True)
 class Cache:
-    """layers: {"prefix": (KeyValue or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
+    """layers: {"prefix": (KeyValue, State or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
     alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call."""
-    layers: dict[str, tuple[KeyValue | WithSource, ...]]
+    layers: dict[str, tuple[Entry, ...]]
     slots: dict[int, Slots]
     empty: bool = dc.field(default=False, metadata=dict(static=True))
     source: jax.Array | None = None
@@ -66,24 +82,44 @@ class Plan:
     after: Slots
 
 
-def slots_of(mixer: Mixer, length: int) -> int:
-    return min(length, mixer.window) if mixer.window else length
+def slots_of(mixer: Attention | LatentAttention, length: int) -> int:
+    if mixer.window is None or (isinstance(mixer, Attention) and mixer.globals):
+        return length
+    return min(length, mixer.window)
+
+
+def sizes_of(config: ModelConfig, length: int, old: int | None = None) -> dict[int, int]:
+    """How many slots its layers have, each number once -> the same for `old` positions. `length` always: there stands which positions were seen, also where no layer keeps all."""
+    old = length if old is None else old
+    return {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers if not isinstance(x.mixer, Recurrent)} | {length: old}
+
+
+def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any) -> Own:
+    """What a layer remembers before its first token; `lead` are the axes before its own: rows, and repeats before them in a cycle."""
+    segment = jnp.zeros(lead, jnp.int32)
+    if isinstance(mixer, GatedDelta):
+        shape = (*lead, mixer.width - 1)
+        recent = jnp.zeros((*shape, mixer.key_heads, 2 * mixer.key_dim + mixer.heads // mixer.key_heads * mixer.value_dim), dtype), jnp.zeros(shape, jnp.int32)
+        return State(jnp.zeros((*lead, mixer.heads, mixer.key_dim, mixer.value_dim), jnp.float32), segment, recent)
+    if isinstance(mixer, Attention) and mixer.borrows:
+        return None
+    if isinstance(mixer, LinearAttention):
+        return State(jnp.zeros((*lead, mixer.kv_heads, mixer.head_dim, mixer.head_dim + 1), jnp.float32), segment)
+    widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
+    return KeyValue(*(jnp.zeros((*lead, slots_of(mixer, length), mixer.kv_heads, width), dtype) for width in widths))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """An empty cache for `length` positions of `batch` rows."""
     def one(layer, *lead):
-        mixer, heads = layer.mixer, (*lead, batch, slots_of(layer.mixer, length), layer.mixer.kv_heads)
-        widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
-        own = KeyValue(*(jnp.zeros((*heads, width), dtype) for width in widths))
+        own = empty_entry(layer.mixer, (*lead, batch), length, dtype)
         return WithSource(own, None) if layer.cross else own
     layers = {"prefix": tuple(one(x) for x in config.prefix), "cycle": tuple(one(x, config.repeats) for x in config.cycle), "suffix": tuple(one(x) for x in config.suffix)}
-    sizes = sorted({slots_of(x.mixer, length) for x in config.layers} | {length})
-    return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sizes}, empty=True)
+    return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sorted(sizes_of(config, length))}, empty=True)
 
 
 def grow_cache(config: ModelConfig, cache: Cache, length: int) -> Cache:
-    """The same content with room for `length` positions. A ring that is full size already stays; what was kept by position gets more slots."""
+    """The same content with room for `length` positions. A ring that is full size already stays, and so does a state; what was kept by position gets more slots."""
     old = cache.length
 
     def wider(x, size, axis):
@@ -92,10 +128,11 @@ def grow_cache(config: ModelConfig, cache: Cache, length: int) -> Cache:
     def one(layer, kept, lead=0):
         if isinstance(kept, WithSource):
             return WithSource(one(layer, kept.own, lead), kept.source)
+        if isinstance(kept, State):
+            return kept
         return jax.tree.map(lambda x: wider(x, slots_of(layer.mixer, length), lead + 1), kept)
     layers = {part: tuple(one(layer, kept, int(part == "cycle")) for layer, kept in zip(getattr(config, part), cache.layers[part])) for part in cache.layers}
-    sizes = {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers} | {length: old}
-    slots = {new: Slots(wider(cache.slots[before].positions, new, 1), wider(cache.slots[before].segments, new, 1)) for new, before in sizes.items()}
+    slots = {new: Slots(wider(cache.slots[before].positions, new, 1), wider(cache.slots[before].segments, new, 1)) for new, before in sizes_of(config, length, old).items()}
     return dc.replace(cache, layers=layers, slots=slots)
 
 

@@ -10,12 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llmjax.core.model_config import ModelConfig, Rope, rotation
+from llmjax.core.errors import ConfigError
+from llmjax.core.model_config import ModelConfig, Recurrent, Rope, rotation
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
 from llmjax.models.relative import Distances
 
 Table = tuple[jax.Array, jax.Array]
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Seen:
+    """What queries may look at: k [B, S, K, H], v [B, S, K, Hv], positions and segments [B, S] (None: a range, one document); in_order: they are this call's own tokens."""
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array | None
+    segments: jax.Array | None
+    in_order: bool = dc.field(metadata=dict(static=True))
 
 
 @register_dataclass
@@ -32,6 +44,8 @@ class Context:
     relative: Distances | None = None
     source: jax.Array | None = None
     source_segments: jax.Array | None = None
+    prefix: jax.Array | None = None                      # [B, T]: how many tokens of its document each token sees whatever stands after it
+    lent: dict[str, Seen] = dc.field(default_factory=dict)   # what layers so far have lent to later ones
 
     def places(self, length: int) -> jax.Array:
         """The tokens' positions, [B, T] or [1, T] int32."""
@@ -41,9 +55,23 @@ class Context:
         """x [B, T, N, H] with its rotary positions applied."""
         return x if rope is None else rotary.rotate(x, self.tables[self.ropes.index((rope, x.shape[-1]))], rope)
 
+    def reach(self, length: int) -> jax.Array | None:
+        """The newest position each of the `length` tokens may see, [B, T], or None where it is its own and the positions are a range."""
+        if self.prefix is None:
+            return self.positions
+        return jnp.maximum(self.places(length), self.prefix - 1)
 
-def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None, cache: Cache | None) -> Context:
-    """See Context. Without positions they count from 0, or go on from what the cache holds."""
+    def document_of(self, x: jax.Array) -> jax.Array | None:
+        """The segments of x [B, T, …], a row for each of its rows (one given row stands for all of them)."""
+        return None if self.segments is None else jnp.broadcast_to(self.segments, x.shape[:2])
+
+
+def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None, cache: Cache | None,
+                 prefix: jax.Array | None = None) -> Context:
+    """See Context. Without positions they count from 0, or go on from what the cache holds. Raises ConfigError for a prefix in a model whose layers do not all see the whole past."""
+    if prefix is not None:
+        check_prefix(config)
+        prefix = jnp.broadcast_to(prefix[:, None] if prefix.ndim == 1 else prefix, tokens.shape).astype(jnp.int32)
     plans = {}
     if cache is not None:
         shape = tokens.shape
@@ -53,4 +81,13 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
     ropes = tuple(dict.fromkeys((rope, size) for rope, size in (rotation(x.mixer) for x in config.layers) if rope))
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     tables = tuple(rotary.tables(rope, head_dim, where) for rope, head_dim in ropes)
-    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty)
+    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix)
+
+
+def check_prefix(config: ModelConfig) -> None:
+    """Raises ConfigError, naming the first layer whose past is not all of its document: there is no seeing a prefix from both sides through a window or a state."""
+    for i, mixer in enumerate(layer.mixer for layer in config.layers):
+        if isinstance(mixer, Recurrent):
+            raise ConfigError(f"prefix: layer {i} is recurrent ({type(mixer).__name__}) and reads from left to right; leave prefix out, or use a model of attention layers alone")
+        if getattr(mixer, "window", None) is not None:
+            raise ConfigError(f"prefix: layer {i} has window={mixer.window}; leave prefix out, or use a model without windows")

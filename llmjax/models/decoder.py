@@ -49,14 +49,20 @@ class Decoder(Stack):
         super().setup()
         self.head = Head(self.config, self.compute)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """tokens [B, T] int32; positions, segment_ids [B, T] int32 (0 is padding; tokens of a segment stand in order) -> (logits [B, T, V] float32, the cache with these tokens in it)."""
-        x, cache = self.features(tokens, positions, segment_ids, cache)
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,
+                 prefix: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
+        """tokens [B, T] int32; positions, segment_ids [B, T] int32 (0 is padding; tokens of a segment stand in order) -> (logits [B, T, V] float32, the cache with these tokens in it).
+
+        prefix int32 [B] (or [B, T]: of each token's document): so many tokens at the start of a document see each other from both sides (prefix-LM: Raffel et al. 2019,
+        arXiv:1910.10683, figure 4); with a cache all of them stand in one call. Raises ConfigError for a prefix where a layer has a window or is recurrent.
+        """
+        x, cache = self.features(tokens, positions, segment_ids, cache, prefix)
         return self.unembed(x), cache
 
-    def features(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def features(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,
+                 prefix: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         """-> ([B, T, D] in the computing dtype, cache): everything before the head."""
-        return self.body(tokens, positions, segment_ids, cache, self.embed())
+        return self.body(tokens, positions, segment_ids, cache, self.embed(), prefix=prefix)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Features [..., T, D] -> logits [..., T, V] float32."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dense, dot
 from llmjax.core.model_config import LatentAttention, Norm
-from llmjax.models.attention import Seen, attend, look
+from llmjax.models.attention import attend, look
 from llmjax.models.cache import KeyValue
-from llmjax.models.context import Context
+from llmjax.models.context import Context, Seen
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
 
@@ -38,7 +38,7 @@ class MultiHeadLatentAttention(Module):
         kept = jnp.concatenate([latent[:, :, None], shared], -1)                                                      # [B, T, 1, R + H - P]
         with jax.named_scope("attend"):
             seen, stored = look(kept, kept[..., :0], context, stored, a.window)
-            if seen.own:
+            if seen.in_order:
                 k = jnp.concatenate([dot("btr,rnp->btnp", latent, k_up), jnp.broadcast_to(shared, (*shared.shape[:2], N, a.rope_dim))], -1)
                 v = dot("btr,rnv->btnv", latent, v_up)
                 q, k, v = (constrain(y, "batch length heads .", self.layout.rules) for y in (q, k, v))

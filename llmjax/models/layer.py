@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 import jax
 
-from llmjax.core import Compute, Layout, constrain
-from llmjax.core.model_config import Attention, LatentAttention, Layer, MixtureOfExperts, Mlp, Norm
+from llmjax.core import Compute, Layout, constrain, dot
+from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, Layer, LinearAttention, MixtureOfExperts, Mlp, Norm
 from llmjax.models.attention import CrossAttention, MultiHeadAttention
-from llmjax.models.cache import KeyValue, WithSource
-from llmjax.models.context import Context
-from llmjax.models.feed_forward import MultiLayerPerceptron
+from llmjax.models.cache import Entry, WithSource
+from llmjax.models.context import Context, Seen
+from llmjax.models.feed_forward import MultiLayerPerceptron, gate
+from llmjax.models.gated_delta import GatedDeltaNet
 from llmjax.models.latent_attention import MultiHeadLatentAttention
+from llmjax.models.linear_attention import LinearMultiHeadAttention
 from llmjax.models.mixture_of_experts import Experts
-from llmjax.models.module import Module, compact
+from llmjax.models.module import Module, compact, vector, weight
 from llmjax.models.norms import Normalize
 
-MIXERS = {Attention: MultiHeadAttention, LatentAttention: MultiHeadLatentAttention}
+MIXERS = {Attention: MultiHeadAttention, LatentAttention: MultiHeadLatentAttention, GatedDelta: GatedDeltaNet, LinearAttention: LinearMultiHeadAttention}
 FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
 
 Sub = Callable[[jax.Array], jax.Array]
@@ -76,20 +78,21 @@ WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel,
 
 
 class Block(Module):
-    """x [B, T, D] -> ([B, T, D], the layer's cache)."""
+    """x [B, T, D] -> ([B, T, D], the layer's cache, what it lends by name). `inputs` [B, T, P]: the layer's own, of models with LayerInputs."""
     layer: Layer
     norm: Norm
     compute: Compute
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: KeyValue | WithSource | None, context: Context) -> tuple[jax.Array, KeyValue | WithSource | None]:
-        layer = self.layer
+    def __call__(self, x: jax.Array, stored: Entry | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Entry | None, dict[str, Seen]]:
+        layer, lent = self.layer, {}
         box: list = [stored.own, stored.source] if isinstance(stored, WithSource) else [stored, None]
 
         def mix(h):
             with jax.named_scope("mixer"):
-                y, box[0] = MIXERS[type(layer.mixer)](layer.mixer, self.norm, self.compute, self.layout, name="mixer")(h, context, box[0])
+                y, box[0], *seen = MIXERS[type(layer.mixer)](layer.mixer, self.norm, self.compute, self.layout, name="mixer")(h, context, box[0])
+                lent.update({layer.mixer.lends: seen[0]} if seen else {})
             return y
 
         def feed(h):
@@ -101,9 +104,22 @@ class Block(Module):
             with jax.named_scope("cross"):
                 y, box[1] = CrossAttention(layer.cross, self.norm, self.compute, self.layout, name="cross")(h, context, box[1])
             return y
-        more = {"cross": cross} if layer.cross else {}
-        x = WIRINGS[layer.wiring](x, mix, feed, lambda name: Normalize(self.norm, self.compute, name=name), layer.residual_scale, **more)
-        return constrain(x, "batch length .", self.layout.rules), WithSource(*box) if isinstance(stored, WithSource) else box[0]
+
+        def norm(name):
+            return Normalize(self.norm, self.compute, name=name)
+        x = WIRINGS[layer.wiring](x, mix, feed, norm, layer.residual_scale, **({"cross": cross} if layer.cross else {}))
+        if inputs is not None:
+            x = x + norm("norm_input_out")(self.own_input(x, inputs))
+        if layer.output_scale:
+            x = x * vector(self, "output_scale", "norm", (1,), 1.0).astype(x.dtype)[None, None]
+        return constrain(x, "batch length .", self.layout.rules), WithSource(*box) if isinstance(stored, WithSource) else box[0], lent
+
+    def own_input(self, x: jax.Array, inputs: jax.Array) -> jax.Array:
+        """inputs [B, T, P], gated by what x says of them -> [B, T, D]."""
+        D, P = x.shape[-1], inputs.shape[-1]
+        with jax.named_scope("own_input"):
+            h = gate(self.layer.ffn.activation, dot("btd,dp->btp", x, weight(self, "input_gate", "embed -> norm", (D, P))), inputs)
+            return dot("btp,pd->btd", h, weight(self, "input_projection", "norm -> embed", (P, D)))
 
 
 class Cycle(Module):
@@ -114,9 +130,9 @@ class Cycle(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: tuple[KeyValue | WithSource, ...] | None, context: Context):
+    def __call__(self, x: jax.Array, stored: tuple[Entry, ...] | None, context: Context):
         new = []
         for i, layer in enumerate(self.layers):
-            x, kept = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)
+            x, kept, _ = Block(layer, self.norm, self.compute, self.layout, name=str(i))(x, None if stored is None else stored[i], context)
             new.append(kept)
         return x, None if stored is None else tuple(new)

@@ -38,6 +38,16 @@ class Start:
         return (self.std * normals(key, max(4096, 1 << (count - 1).bit_length()))[:count]).reshape(shape).astype(dtype)
 
 
+@dc.dataclass(frozen=True)
+class LogUniform:
+    """The logarithm of a number drawn evenly between `low` and `high`: how the decays of recurrent layers start."""
+    low: float
+    high: float
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, self.low, self.high)).astype(dtype)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def normals(key: jax.Array, count: int) -> jax.Array:
     """A power of two of numbers at a time: a random program takes long to compile, and the n-th number does not depend on how many there are."""
@@ -48,7 +58,7 @@ class Labeled(struct.PyTreeNode, nn.meta.AxisMetadata):
     """A freshly made parameter together with its label; `unbox` leaves the array."""
     value: Any
     label: Label = struct.field(pytree_node=False)
-    start: Start = struct.field(pytree_node=False)
+    start: Start | LogUniform = struct.field(pytree_node=False)
 
     def unbox(self):
         return self.value
@@ -63,7 +73,7 @@ class Labeled(struct.PyTreeNode, nn.meta.AxisMetadata):
         return self.replace(label=Label(self.label.batch[1:], self.label.inputs, self.label.outputs))
 
 
-def weight(module: Module, name: str, label: str, shape: tuple[int, ...], start: Start | None = None) -> Any:
+def weight(module: Module, name: str, label: str, shape: tuple[int, ...], start: Start | LogUniform | None = None) -> Any:
     """The parameter `name` of a module: what the caller passed (an array or an array leaf), or a new one when the model is being initialised.
 
     label: see core/labels.py. start: normal with variance 1 / fan-in unless given. Raises CheckpointError when the shape is not the model's.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
+from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
 
 
 def rotary_dims(rope: Rope, head_dim: int) -> int:
@@ -25,6 +25,8 @@ def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> t
     match rope.scaling:
         case None:
             return jnp.asarray(plain, jnp.float32), 1.0
+        case Proportional(fraction, factor):
+            return jnp.asarray(np.where(np.arange(d // 2) < int(fraction * d // 2), plain, 0) / factor, jnp.float32), 1.0
         case LinearScaling(factor):
             return jnp.asarray(plain / factor, jnp.float32), 1.0
         case DynamicNtk(factor, context):

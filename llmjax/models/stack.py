@@ -17,6 +17,7 @@ from llmjax.core.model_config import Disentangled, ModelConfig, RelativeBuckets,
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
+from llmjax.models.layer_inputs import OwnInputs
 from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.relative import Distances, bucket_bias, row_index
@@ -78,6 +79,8 @@ class Stack(Model):
             self.relative = Table("table", "position -> embed", (2 * relative.span, c.dim), k)
             if relative.norm:
                 self.relative_norm = Normalize(c.norm, k)
+        if c.layer_inputs:
+            self.layer_inputs = OwnInputs(c.layer_inputs, len(c.layers), c.norm, k)
         apart = rematerialised(Block, k.remat, scanned=False)
         self.prefix = [apart(layer, *rest) for layer in c.prefix]
         if c.cycle:
@@ -109,12 +112,13 @@ class Stack(Model):
             return constrain(x, "batch length .", self.layout.rules)
 
     def body(self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None, table: Any, token_types: jax.Array | None = None,
-             **source: Any) -> tuple[jax.Array, Cache | None]:
+             prefix: jax.Array | None = None, **source: Any) -> tuple[jax.Array, Cache | None]:
         """-> ([B, T, D] in the computing dtype after the last norm, cache). source: what of the Context an encoder gives."""
         c = self.config
-        context = dc.replace(make_context(c, tokens, positions, segment_ids, cache), **source)
+        context = dc.replace(make_context(c, tokens, positions, segment_ids, cache, prefix), **source)
         context = dc.replace(context, relative=self.distances(context, tokens.shape[1]))
-        x, cache = self.run_layers(self.embedded(tokens, context, table, token_types), cache, context)
+        x = self.embedded(tokens, context, table, token_types)
+        x, cache = self.run_layers(x, cache, context, self.layer_inputs(tokens, x) if c.layer_inputs else None)
         return (self.final_norm(x) if c.final_norm else x), cache
 
     def distances(self, context: Context, length: int) -> Distances | None:
@@ -131,7 +135,7 @@ class Stack(Model):
         rows = take(self.relative(), jnp.arange(2 * spec.span), jnp.dtype(self.compute.dtype))
         return Distances(rows=self.relative_norm(rows) if spec.norm else rows, index=row_index(spec, mine, keys))
 
-    def run_layers(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, Cache | None]:
+    def run_layers(self, x: jax.Array, cache: Cache | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         held: dict[str, Any] = dict(prefix=(None,) * len(self.prefix), cycle=None, suffix=(None,) * len(self.suffix)) if cache is None else cache.layers
         new: dict[str, Any] = {"prefix": [], "cycle": (), "suffix": []}
         for part, blocks in (("prefix", self.prefix), ("cycle", None), ("suffix", self.suffix)):
@@ -140,7 +144,9 @@ class Stack(Model):
                     x, new["cycle"] = self.straight(x, context) if cache is None and self.unrolls() else self.cycle(x, held["cycle"], context)
                 continue
             for block, stored in zip(blocks, held[part]):
-                x, kept = block(x, stored, context)
+                own = None if inputs is None else inputs[:, :, len(new[part])]
+                x, kept, lent = block(x, stored, context, own)
+                context = dc.replace(context, lent=context.lent | lent) if lent else context
                 new[part].append(kept)
         if cache is None:
             return x, None

@@ -1,7 +1,7 @@
 """How much arithmetic a training token costs, and how much this machine could do: model FLOPs utilisation.
 
 Convention (PaLM, appendix B, with attention counted as it is seen): 6 FLOPs per weight a token passes in a matrix product (2 forward, 4 backward; embedding lookups are no product, of the
-experts only the chosen ones count) plus 12 · heads · head_dim · (mean number of visible keys) per attention layer. Recomputed activations do not count.
+experts only the chosen ones count) plus 12 · heads · head_dim · (mean number of visible keys) per attention layer (`mixing` says what other mixers count). Recomputed activations do not count.
 """
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import MixtureOfExperts, ModelConfig, contract
+from llmjax.core import Attention, GatedDelta, LinearAttention, MixtureOfExperts, ModelConfig, contract
+from llmjax.core.model_config import Mixer
 from llmjax.core.tree import flatten
 from llmjax.models import Decoder, abstract_params, labels
 
@@ -50,8 +51,20 @@ def matmul_weights(model: Decoder) -> float:
 def flops_per_token(model: Decoder, context: int) -> float:
     """Forward and backward, by the convention above, of a row of `context` tokens."""
     config: ModelConfig = model.config
-    attention = sum(12 * m.heads * m.head_dim * visible_keys(context, m.window, m.causal) for m in (layer.mixer for layer in config.layers))
-    return 6 * matmul_weights(model) + attention
+    return 6 * matmul_weights(model) + sum(mixing(layer.mixer, context) for layer in config.layers)
+
+
+def mixing(mixer: Mixer, context: int) -> float:
+    """What a token costs beside the weights, forward and backward. Of a recurrence, counted as it is written, whatever the chunks cost: products of a vector with a state, 6 · its size each
+    (what the key predicts, what is written, what the query reads; linear attention predicts nothing)."""
+    if isinstance(mixer, GatedDelta):
+        return 18 * mixer.heads * mixer.key_dim * mixer.value_dim
+    if isinstance(mixer, LinearAttention):
+        return 6 * (mixer.heads + mixer.kv_heads) * mixer.head_dim ** 2
+    keys = visible_keys(context, mixer.window, mixer.causal)
+    count = mixer.globals if isinstance(mixer, Attention) else None
+    far = 0.0 if count is None else max(0.0, visible_keys(context, None, mixer.causal) - keys)          # of them a token sees the globals, and a global token all
+    return 12 * mixer.heads * mixer.head_dim * (keys + min(far, (1 if mixer.causal else 2) * (count or 0)))
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:

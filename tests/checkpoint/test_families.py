@@ -38,6 +38,8 @@ LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_rope_head_dim=8, qk_nop
               first_k_dense_replace=1, moe_intermediate_size=16, n_group=4, topk_group=2)
 BERT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, hidden_act="gelu", type_vocab_size=2,
             hidden_dropout_prob=0.1)
+DELTA = dict(linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3)
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0], "mrope_interleaved": True}
 CASES = {
     "llama": dict(SMALL, model_type="llama", hidden_act="silu", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=6),
     "mistral": dict(SMALL, model_type="mistral", sliding_window=6),
@@ -88,6 +90,14 @@ CASES = {
                 do_layer_norm_before=False, bos_token_id=2, eos_token_id=2, pad_token_id=1, prefix="</s>"),
     "grok1": dict(SMALL, model_type="grok-1", num_experts=4, num_experts_per_tok=2, embedding_multiplier_scale=5.5, output_multiplier_scale=0.5, max_attn_value=20.0),
     "nanochat": dict(SMALL, model_type="nanochat", hidden_act="relu2"),
+    "gemma4": dict(SMALL, model_type="gemma4_text", head_dim=16, global_head_dim=24, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=6, num_hidden_layers=7,
+                   layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2 + ["full_attention"], num_kv_shared_layers=3, use_double_wide_mlp=True,
+                   hidden_size_per_layer_input=8, vocab_size_per_layer_input=80, final_logit_softcapping=20.0),
+    "qwen3_next": dict(SMALL, model_type="qwen3_next", head_dim=16, num_hidden_layers=5, attention_bias=True, layer_types=["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+                       num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[1], partial_rotary_factor=0.5, **DELTA),
+    "qwen3_5": dict(SMALL, model_type="qwen3_5_text", head_dim=16, full_attention_interval=2, rope_parameters=MROPE, **DELTA),
+    "qwen3_5_moe": dict(SMALL, model_type="qwen3_5_moe_text", head_dim=16, full_attention_interval=3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                        shared_expert_intermediate_size=24, **DELTA),
     "gpt2": dict(model_type="gpt2", vocab_size=96, n_embd=24, n_head=3, n_layer=4, n_positions=64, n_inner=40, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=True,
                  summary_type="cls_index", resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
     "bert": dict(BERT, model_type="bert", architectures=["BertForMaskedLM"], tie_word_embeddings=False),
@@ -147,7 +157,7 @@ def test_config_both_ways(name):
     assert config.family == name
     hf = to_hf(config, "float32")
     assert to_model_config(json.loads(json.dumps(hf))) == config
-    new = ("rope_parameters", "dtype", "layer_types") if name not in ("cohere2", "smollm3", "gpt_oss", "llama4") else ("rope_parameters", "dtype")
+    new = ("rope_parameters", "dtype", "layer_types") if name not in ("cohere2", "smollm3", "gpt_oss", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4") else ("rope_parameters", "dtype")
     old = {k: v for k, v in hf.items() if k not in new}          # what transformers 4 would have written
     if name == "gemma3":
         assert old["rope_scaling"] == {"rope_type": "linear", "factor": 8.0} and old["rope_local_base_freq"] == 2e4

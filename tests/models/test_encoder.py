@@ -168,7 +168,7 @@ def with_relative(layer: Layer, **changes):
     ("windows", lambda c: change_layers(c, lambda x: with_mixer(x, rope=dc.replace(x.mixer.rope, theta=2 * x.mixer.rope.theta)))),
     ("distances", lambda c: change_layers(c, lambda x: with_relative(x, logarithmic=False))), ("distances", lambda c: change_layers(c, lambda x: with_relative(x, position_to_content=False))),
     ("distances", lambda c: change_layers(c, lambda x: with_relative(x, max_distance=17))),
-], ids=str)
+])
 def test_mutations_are_caught(made, name, change):
     _, model, params = made(name)
     tokens = jnp.asarray(batch()[0][:1])

@@ -153,7 +153,7 @@ def test_gradients(made, name):
     ("t5", lambda x: dc.replace(x, mixer=dc.replace(x.mixer, relative=dc.replace(x.mixer.relative, max_distance=24)))),
     ("t5", lambda x: dc.replace(x, mixer=dc.replace(x.mixer, scale=None))), ("t5", lambda x: dc.replace(x, cross=dc.replace(x.cross, scale=None))),
     ("bart", lambda x: dc.replace(x, mixer=dc.replace(x.mixer, causal=False))), ("bart", lambda x: dc.replace(x, ffn=dc.replace(x.ffn, activation="relu"))),
-], ids=str)
+])
 def test_mutations_are_caught(made, name, change):
     _, model, params = made(name, 0.03 if name == "t5" else 0.2)
     source, _, target = map(jnp.asarray, batch())

@@ -22,6 +22,7 @@ from llmjax.checkpoint.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4_moe,
     gpt2,
@@ -47,7 +48,10 @@ from llmjax.checkpoint.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     roberta,
     smollm3,
     stablelm,
@@ -59,11 +63,11 @@ from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Table
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
-from llmjax.core.model_config import ModelConfig, NoHead
+from llmjax.core.model_config import Attention, ModelConfig, NoHead
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, gptj, phi, phi3, olmo2, granite, smollm3, starcoder2, stablelm, cohere, cohere2, glm4,
-    ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat, opt, grok1,
+    ministral3, deepseek_v2, deepseek_v3, gpt_oss, granitemoe, glm4_moe, llama4, dbrx, falcon, bloom, mpt, nanochat, opt, grok1, qwen3_next, qwen3_5, qwen3_5_moe, gemma4,
     bert, roberta, xlm_roberta, distilbert, electra, t5, bart, mbart, modernbert, deberta_v2, deberta_v2_legacy)}
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.model_types}
 
@@ -116,7 +120,7 @@ def to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     for i, layer in enumerate(config.layers):
         if not isinstance(layer.mixer, family.mixer) or not isinstance(layer.ffn, family.ffn):
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: {type(layer.mixer).__name__} with {type(layer.ffn).__name__}; set family to one that can")
-        if family.rotary is not None and (layer.mixer.rope is not None) != family.rotary:
+        if isinstance(layer.mixer, Attention) and family.rotary is not None and (layer.mixer.rope is not None) != family.rotary:
             raise CheckpointError(f"a {family.name} checkpoint cannot hold layer {i}: rope={layer.mixer.rope}; set family to one that can")
     out = {"architectures": [family.architecture], "model_type": family.model_types[0], **family.write(config)}
     out |= {"dtype": dtype, "torch_dtype": dtype} if dtype else {}

@@ -9,7 +9,7 @@ from typing import Any
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, find_cycle, unrolled
+from llmjax.core.model_config import Attention, LatentAttention, Layer, Mlp, ModelConfig, Norm, find_cycle, unrolled
 
 
 @dc.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Family:
 
     name: what ModelConfig.family says. model_types: what config.json's model_type may say (the first is written). architecture: the class written.
     read: Fields of config.json -> ModelConfig. write: ModelConfig -> config.json's fields (numbers that this family cannot say are found by reading it back).
-    table: the rows, or what makes them of a ModelConfig. mixer, ffn: the kind, or kinds, of mixer and feed-forward its layers have. rotary: whether they rotate (None: some may).
+    table: the rows, or what makes them of a ModelConfig. mixer, ffn: the kind, or kinds, of mixer and feed-forward its layers have.
+    rotary: whether its attention rotates (None: some may).
     """
     name: str
     model_types: tuple[str, ...]
@@ -28,7 +29,7 @@ class Family:
     table: Table | Callable[[ModelConfig], Table]
     ffn: type | tuple[type, ...] = Mlp
     rotary: bool | None = True
-    mixer: type = Attention
+    mixer: type | tuple[type, ...] = Attention
 
     def rows(self, config: ModelConfig) -> Table:
         """The table of a model of this family."""
@@ -80,20 +81,11 @@ def table(*rows: Row, **more: Any) -> Table:
                  copies=(("lm_head.weight", "model.embed_tokens.weight"),), **more)
 
 
-def model(f: Fields, family: str, layers: Sequence[Layer], *, dim: int, norm: Norm, tied: bool, context: int, **more: Any) -> ModelConfig:
-    """The ModelConfig of these layers, with the vocabulary and the ids that config.json names."""
+def model(f: Fields, family: str, layers: Sequence[Layer], *, dim: int, norm: Norm, tied: bool, context: int, apart: bool = False, **more: Any) -> ModelConfig:
+    """The ModelConfig of these layers, with the vocabulary and the ids that config.json names; apart: of layers that know of each other, which cannot be scanned."""
     start, pad = f.ids("bos_token_id"), f.ids("pad_token_id")
-    return ModelConfig(f.count("vocab_size"), dim, **find_cycle(tuple(layers)), norm=norm, tied=f.flag("tie_word_embeddings", tied), context=context,
+    return ModelConfig(f.count("vocab_size"), dim, **(dict(prefix=tuple(layers)) if apart else find_cycle(tuple(layers))), norm=norm, tied=f.flag("tie_word_embeddings", tied), context=context,
                        bos_token=start[0] if start else None, end_tokens=f.ids("eos_token_id"), pad_token=pad[0] if pad else None, family=family, **more)
-
-
-def text_part(f: Fields) -> Fields | None:
-    """The fields of the text model in a config.json that also speaks of pictures or sound (what stands beside `text_config` is passed over), or None."""
-    if "text_config" not in f.values:
-        return None
-    outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
-    f.ignore(*f.values)
-    return Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
 
 
 def head_dim(f: Fields, dim: int, heads: int) -> int:
@@ -128,13 +120,18 @@ def layer_windows(f: Fields, count: int, window: int | None, usual: Callable[[in
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def mixers(config: ModelConfig) -> list[Any]:
+    """The mixer of each layer; of which kinds they are the family has said (Family.mixer)."""
+    return [layer.mixer for layer in config.layers]
+
+
 def layer_types(config: ModelConfig) -> list[str]:
-    return ["full_attention" if layer.mixer.window is None else "sliding_attention" for layer in config.layers]
+    return ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers(config)]
 
 
 def widest(config: ModelConfig) -> int | None:
     """The window of the sliding layers (reading the written config back finds it if they differ)."""
-    return next((layer.mixer.window for layer in config.layers if layer.mixer.window is not None), None)
+    return next((mixer.window for mixer in mixers(config) if mixer.window is not None), None)
 
 
 def first(config: ModelConfig) -> Any:
@@ -142,12 +139,25 @@ def first(config: ModelConfig) -> Any:
     return config.layers[0]
 
 
-def common(config: ModelConfig, activation: str = "hidden_act") -> dict[str, Any]:
-    """The fields that most families write."""
+def text_part(f: Fields, read: Callable[[Fields], ModelConfig]) -> ModelConfig:
+    """The text model of a config.json that holds one beside a vision tower, as `text_config`; of one that does not, the whole."""
+    if "text_config" not in f.values:
+        return read(f)
+    outer = {k: v for k, v in f.values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
+    text = Fields({**outer, **f.value("text_config")}, f"{f.where}: text_config")
+    f.ignore(*f.values)                     # what stands beside text_config is about pictures
+    config = read(text)
+    text.finish()
+    return config
+
+
+def common(config: ModelConfig, activation: str = "hidden_act", mixer: Attention | None = None) -> dict[str, Any]:
+    """The fields that most families write; mixer: the attention whose heads are written (the first layer's unless given)."""
     top = first(config)
+    mixer = mixer or top.mixer
     ends = list(config.end_tokens)
     return {"vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": top.ffn.hidden, "num_hidden_layers": len(config.layers),
-            "num_attention_heads": top.mixer.heads, "num_key_value_heads": top.mixer.kv_heads, "head_dim": top.mixer.head_dim, activation: SPELLINGS[top.ffn.activation],
+            "num_attention_heads": mixer.heads, "num_key_value_heads": mixer.kv_heads, "head_dim": mixer.head_dim, activation: SPELLINGS[top.ffn.activation],
             "rms_norm_eps": config.norm.eps, "max_position_embeddings": config.context, "tie_word_embeddings": config.tied,
             "bos_token_id": config.bos_token, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": config.pad_token}
 
@@ -155,7 +165,9 @@ def common(config: ModelConfig, activation: str = "hidden_act") -> dict[str, Any
 def plain(config: ModelConfig) -> ModelConfig:
     """The same model in one spelling: layers apart, an attention scale of head_dim ** -0.5 as None."""
     def layer(x: Layer) -> Layer:
-        scale = x.mixer.scale
-        return x if scale is None else dc.replace(x, mixer=dc.replace(x.mixer, scale=scale_of(scale, x.mixer.head_dim)))
+        mixer = x.mixer
+        if not isinstance(mixer, Attention | LatentAttention) or mixer.scale is None:
+            return x
+        return dc.replace(x, mixer=dc.replace(mixer, scale=scale_of(mixer.scale, mixer.head_dim)))
     return dc.replace(unrolled(config), prefix=tuple(layer(x) for x in config.layers), encoder=config.encoder and plain(config.encoder))
 

@@ -20,7 +20,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    rope = next((layer.mixer.rope for layer in config.layers if layer.mixer.rope), Rope(interleaved=True))
+    rope = next((mixer.rope for mixer in base.mixers(config) if mixer.rope), Rope(interleaved=True))
     return {**write_cohere(config), **both_ropes(rope), "sliding_window": base.widest(config) or 4096, "layer_types": base.layer_types(config)}
 
 

@@ -3,6 +3,7 @@
 Of a checkpoint with pictures (model_type "gemma3") the text model is read; the vision tower and the projector are left out.
 """
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from llmjax.checkpoint.families import base
@@ -12,11 +13,6 @@ from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, Q
 
 
 def read(f: Fields) -> ModelConfig:
-    text = base.text_part(f)
-    if text:
-        config = read(text)
-        text.finish()
-        return config
     dim, heads, context, size = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 131_072), f.count("head_dim", 256)
     norm, biased = Norm(eps=f.number("rms_norm_eps", 1e-6), offset=1.0), f.flag("attention_bias")
     final = f.optional("final_logit_softcapping", None)
@@ -34,14 +30,14 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    ropes: dict[bool, Any] = {layer.mixer.window is None: layer.mixer.rope for layer in config.layers}
+    ropes: dict[bool, Any] = {mixer.window is None: mixer.rope for mixer in base.mixers(config)}
     far, near = ropes.get(True, Rope(1_000_000.0)), ropes.get(False, Rope(10_000.0))
     old = {k: v for k, v in write_rope(far).items() if k != "rope_theta"} if far.scaling else None
     return {**write_gemma(config), "attn_logit_softcapping": None, "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},
             "rope_theta": far.theta, "rope_local_base_freq": near.theta, **({"rope_scaling": old} if old else {})}
 
 
-FAMILY = base.Family("gemma3", ("gemma3_text", "gemma3"), "Gemma3ForCausalLM", read, write, base.table(
+FAMILY = base.Family("gemma3", ("gemma3_text", "gemma3"), "Gemma3ForCausalLM", partial(base.text_part, read=read), write, base.table(
     *base.ATTENTION, *base.QK_NORMS, *base.MLP, *base.SANDWICH,
     renames=((r"^(model\.language_model\.|language_model\.model\.)", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
     extras=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",)))

@@ -40,7 +40,7 @@ def read(f: Fields) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict[str, Any]:
     shared, size = base.common(config), base.first(config).mixer.head_dim
-    told = [layer.mixer.scale or size ** -0.5 for layer in config.layers]
+    told = [mixer.scale or size ** -0.5 for mixer in base.mixers(config)]
     scaled, by_layer = next((flags for flags in itertools.product((True, False), (False, True)) if scales(size, len(told), *flags) == told), (True, False))
     activation = {"gelu_pytorch_tanh": "gelu_new"}.get(shared["hidden_act"], shared["hidden_act"])
     kept = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -3,6 +3,7 @@
 Of a checkpoint with pictures (model_type "llama4") the text model is read; the vision tower and the projector are left out.
 """
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from llmjax.checkpoint.families import base
@@ -19,11 +20,6 @@ DENSE = tuple(Row(f"{M}{name}_proj.weight", f"ffn/{name}", "o i -> i o") for nam
 
 
 def read(f: Fields) -> ModelConfig:
-    text = base.text_part(f)
-    if text:
-        config = read(text)
-        text.finish()
-        return config
     dim, heads, context, count = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 131_072), f.count("num_hidden_layers")
     norm, biased, every, step = Norm(eps=f.number("rms_norm_eps", 1e-5)), f.flag("attention_bias"), f.count("no_rope_layer_interval", 4), f.count("interleave_moe_layer_step", 1)
     rotated = f.value("no_rope_layers", None) or [int((i + 1) % every != 0) for i in range(count)]
@@ -63,6 +59,6 @@ def write(config: ModelConfig) -> dict[str, Any]:
             "num_local_experts": experts.experts, "num_experts_per_tok": experts.top_k}
 
 
-FAMILY = base.Family("llama4", ("llama4_text", "llama4"), "Llama4ForCausalLM", read, write, base.table(
+FAMILY = base.Family("llama4", ("llama4_text", "llama4"), "Llama4ForCausalLM", partial(base.text_part, read=read), write, base.table(
     *base.ATTENTION, *EXPERTS, *DENSE, *base.PRE, renames=((r"^language_model\.model\.", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
     extras=(r"(model\.)?(vision_model|multi_modal_projector)\..*",)), (MixtureOfExperts, Mlp), rotary=None)

@@ -49,9 +49,9 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    shared, first, layers = base.common(config), base.first(config), config.layers
+    shared, first = base.common(config), base.first(config)
     head, transform = config.head, getattr(config.head, "transform", None) or Transform("gelu", bias=False, norm=True)
-    ropes: dict[bool, Any] = {layer.mixer.window is None: layer.mixer.rope for layer in layers}
+    ropes: dict[bool, Any] = {mixer.window is None: mixer.rope for mixer in base.mixers(config)}
     far, near = ropes.get(True, Rope(160_000.0)), ropes.get(False, Rope())
     kinds = base.layer_types(config)
     every = next((n for n in range(1, len(kinds) + 1) if [("sliding" if i % n else "full") + "_attention" for i in range(len(kinds))] == kinds), None)

@@ -30,11 +30,15 @@ def write_experts(config: ModelConfig) -> dict[str, Any]:
             "norm_topk_prob": experts.renormalize, "decoder_sparse_step": 1, "mlp_only_layers": dense_layers(config)}
 
 
-def experts_of(f: Fields, activation: Any, **more: Any) -> MixtureOfExperts:
+USUAL = MixtureOfExperts(128, 8, 768, renormalize=False)
+
+
+def experts_of(f: Fields, activation: Any, usual: MixtureOfExperts = USUAL, **more: Any) -> MixtureOfExperts:
+    """usual: what holds where the config says nothing."""
     count = "num_experts" if "num_experts" in f.values else "num_local_experts"
     f.ignore("num_experts", "num_local_experts")                                         # two names of one number
-    return MixtureOfExperts(f.count(count, 128), f.count("num_experts_per_tok", 8), f.count("moe_intermediate_size", 768), activation,
-                            renormalize=f.flag("norm_topk_prob"), **more)
+    return MixtureOfExperts(f.count(count, usual.experts), f.count("num_experts_per_tok", usual.top_k), f.count("moe_intermediate_size", usual.hidden), activation,
+                            renormalize=f.flag("norm_topk_prob", usual.renormalize), **more)
 
 
 def read(f: Fields) -> ModelConfig:

@@ -25,9 +25,9 @@ def read(f: Fields) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict:
     first, window = base.first(config), base.widest(config)
-    rope = next((layer.mixer.rope for layer in config.layers if layer.mixer.rope), Rope())
+    rope = next((mixer.rope for mixer in base.mixers(config) if mixer.rope), Rope())
     return {**base.common(config), **both_ropes(rope), "attention_bias": first.mixer.qkv_bias, "mlp_bias": first.ffn.bias, "layer_types": base.layer_types(config),
-            "no_rope_layers": [int(layer.mixer.rope is not None) for layer in config.layers], "use_sliding_window": window is not None, "sliding_window": window}
+            "no_rope_layers": [int(mixer.rope is not None) for mixer in base.mixers(config)], "use_sliding_window": window is not None, "sliding_window": window}
 
 
 FAMILY = base.Family("smollm3", ("smollm3",), "SmolLM3ForCausalLM", read, write, base.table(*base.ATTENTION, *base.MLP, *base.PRE), rotary=None)
