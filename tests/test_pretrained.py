@@ -1,4 +1,5 @@
 """`load` and `save` against transformers on tiny checkpoints of every family, GGUF files, sharded places, and what users get wrong."""
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llmjax import pretrained, tokenizers
+from llmjax import models, pretrained, tokenizers
 from llmjax.checkpoint import fetch
-from llmjax.core import make_mesh, unrolled
+from llmjax.core import Attention, make_mesh, unrolled
 from llmjax.core.errors import CheckpointError, ConfigError
+from llmjax.core.model_config import LatentAttention, rotation
+from llmjax.decode import init_cache
 from llmjax.models import Decoder
 
 torch = pytest.importorskip("torch")
@@ -129,6 +132,33 @@ def ours(model, params, tokens=TOKENS):
     return model.apply({"params": params}, tokens)[0]
 
 
+def in_pieces(model, params, pad=5, first=24):
+    """The logits of TOKENS padded on the left, read into a cache in two pieces."""
+    B, T = TOKENS.shape
+    where = np.arange(T + pad) - pad
+    tokens, segments, positions = np.pad(TOKENS, [(0, 0), (pad, 0)]), np.tile(where >= 0, (B, 1)).astype(np.int32), np.tile(np.maximum(where, 0), (B, 1)).astype(np.int32)
+    cache, out = init_cache(model, B, T), []
+    for rows in (slice(0, first + pad), slice(first + pad, None)):
+        logits, cache = model.apply({"params": params}, *(jnp.asarray(x[:, rows]) for x in (tokens, positions, segments)), cache)
+        out.append(np.asarray(logits))
+    return np.concatenate(out, 1)[:, pad:]
+
+
+def mutated(config):
+    """The same shapes with other mathematics: rotary bases, slopes, buckets or scales that are not the checkpoint's."""
+    def other(mixer):
+        if not isinstance(mixer, Attention | LatentAttention):
+            return mixer
+        rope, size = rotation(mixer)
+        if rope and size * rope.fraction > 2:                 # the first pair turns alike with any base
+            return dataclasses.replace(mixer, rope=dataclasses.replace(rope, theta=3 * rope.theta))
+        if getattr(mixer, "alibi", None):
+            return dataclasses.replace(mixer, alibi=dataclasses.replace(mixer.alibi, max_bias=2 * mixer.alibi.max_bias))
+        return dataclasses.replace(mixer, scale=0.5 * (mixer.scale or mixer.head_dim ** -0.5))
+    parts = {part: tuple(dataclasses.replace(layer, mixer=other(layer.mixer)) for layer in getattr(config, part)) for part in ("prefix", "cycle", "suffix")}
+    return dataclasses.replace(config, **parts)
+
+
 def far(got, want):
     return float(np.abs(np.asarray(got) - want).max() / want.std())
 
@@ -150,6 +180,9 @@ def test_logits_and_the_way_back(name, tmp_path):
     model, params, tokenizer = pretrained.load(tmp_path / "theirs", dtype="float32")
     assert tokenizer is None and model.config.family == name
     assert far(ours(model, params), want) < 5e-5
+    assert far(ours(models.build(mutated(model.config), model.compute), params), want) > 1e-3, "a wrong configuration goes unseen"
+    if isinstance(model, Decoder) and not model.config.encoder:
+        assert far(in_pieces(model, params), want) < 5e-5
     pretrained.save(tmp_path / "ours", model, params)
     before, after = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
     assert set(before) == set(after) and all(x.dtype == after[k].dtype and np.array_equal(x, after[k]) for k, x in before.items())
