@@ -19,7 +19,7 @@ from llmjax.checkpoint.families.base import plain, scale_of
 from llmjax.checkpoint.gguf_meta import File, Head, Meta, decoder_fields, divisors_of, finish, layer_norm_of, mixer_of, norm_of, rope_of
 from llmjax.checkpoint.table import Row, Table, cells
 from llmjax.core.errors import CheckpointError, ConfigError
-from llmjax.core.model_config import ClassifierHead, Layer, MixtureOfExperts, Mlp, ModelConfig, NoHead, QKNorm, RelativeBuckets, Rope, Transform
+from llmjax.core.model_config import Attention, ClassifierHead, Layer, MixtureOfExperts, Mlp, ModelConfig, NoHead, QKNorm, RelativeBuckets, Rope, Transform
 
 B = "blk.{l}."
 
@@ -225,9 +225,10 @@ def write_bert(config: ModelConfig) -> dict[str, Any]:
 
 def write_t5(config: ModelConfig) -> dict[str, Any]:
     """Its buckets end at 128 unsaid; the number of layers is the encoder's."""
-    inner, spec = config.encoder or config, config.layers[0].mixer.relative
+    inner, mixer = config.encoder or config, config.layers[0].mixer
+    assert isinstance(mixer, Attention) and isinstance(mixer.relative, RelativeBuckets)
     return {**decoder_fields(config), "block_count": len(inner.layers), "decoder_block_count": len(config.layers), "attention.layer_norm_epsilon": config.norm.eps,
-            "attention.relative_buckets_count": spec.buckets, "decoder_start_token_id": config.decoder_start}
+            "attention.relative_buckets_count": mixer.relative.buckets, "decoder_start_token_id": config.decoder_start}
 
 
 @dc.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def build(vocabulary: Mapping[str, int], *, lower_case: bool = True, strip_accen
     chinese (a word for each such character): as tokenizer_config.json says. Its special tokens are for the caller to add."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=unk, max_input_chars_per_word=100))
+    backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token=unk, max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=chinese, strip_accents=strip_accents, lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=[(t, vocabulary[t]) for t in (cls, sep)])
