@@ -149,11 +149,12 @@ class Rounded:
 # The check
 
 def logits(model: models.Decoder, params: Any) -> np.ndarray:
-    """Logits of random tokens, computed in float32 -> [2, T, V]."""
-    exact = models.Decoder(model.config, dc.replace(model.compute, dtype="float32", param_dtype="float32"), model.layout)
+    """What the model answers to random tokens, computed in float32: logits [2, T, V], or what an encoder's head gives."""
+    exact = models.build(model.config, dc.replace(model.compute, dtype="float32", param_dtype="float32"), model.layout)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, min(CHECKED, model.config.context)))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return np.asarray(exact.apply({"params": params}, jnp.asarray(tokens, jnp.int32))[0])
+    source = {} if model.config.encoder is None else {"encoder_tokens": jnp.asarray(tokens[::-1], jnp.int32)}
+    return np.asarray(exact.apply({"params": params}, jnp.asarray(tokens, jnp.int32), **source)[0])
 
 
 def compare(place: pathlib.Path, source: str | pathlib.Path, want: np.ndarray) -> Check:

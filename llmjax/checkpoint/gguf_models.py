@@ -2,7 +2,8 @@
 
 What differs from the Hugging Face layout: llama keeps the two halves of each rotated pair as neighbours (rows of q and k are un-permuted here), Gemma's norm scales are kept
 as 1 + w, Llama 3's rotary scaling is a tensor of factors, a tied head is an absent `output.weight`, GPT-2's kernels are transposed, experts are stacked, and what llama.cpp fixes
-in its source stands here as numbers. It has no window for Phi-3 and StarCoder2: the key is written and read here, there it changes nothing.
+in its source stands here as numbers. It has no window for Phi-3 and StarCoder2: the key is written and read here, there it changes nothing. BERT's exact GELU is there the tanh
+approximation (here it stays exact), and T5's logits are not scaled where the head is the embedding, which no order among them shows.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from llmjax.checkpoint.families.base import mixers, plain, scale_of
 from llmjax.checkpoint.gguf_meta import File, Head, Meta, decoder_fields, divisors_of, finish, layer_norm_of, mixer_of, norm_of, rope_of
 from llmjax.checkpoint.table import Row, Table, cells
 from llmjax.core.errors import CheckpointError, ConfigError
-from llmjax.core.model_config import Layer, MixtureOfExperts, Mlp, ModelConfig, QKNorm, Rope
+from llmjax.core.model_config import Attention, ClassifierHead, Layer, MixtureOfExperts, Mlp, ModelConfig, NoHead, QKNorm, RelativeBuckets, Rope, Transform
 
 B = "blk.{l}."
 
@@ -48,6 +49,7 @@ EXPERTS = (Row(B + "ffn_gate_inp.weight", "ffn/router", "e d -> d e"),
            *(Row(f"{B}ffn_{c}.{{e}}.weight", f"ffn/{c}", "f d -> d f") for c in ("gate", "up")), Row(B + "ffn_down.{e}.weight", "ffn/down", "d f -> f d"))
 PRE = dict(attn_norm="norm_mixer", ffn_norm="norm_ffn")
 SANDWICH = dict(attn_norm="norm_mixer", post_attention_norm="norm_mixer_out", ffn_norm="norm_ffn", post_ffw_norm="norm_ffn_out")
+POST = dict(attn_output_norm="norm_mixer_out", layer_output_norm="norm_ffn_out")
 QK = dict(attn_q_norm="mixer/q_norm", attn_k_norm="mixer/k_norm")
 UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"rope_freqs")       # read into the configuration, or buffers of old files
 COPIES = (("output.weight", "token_embd.weight"),)
@@ -149,6 +151,41 @@ def read_starcoder2(m: Meta) -> ModelConfig:
     return finish(m, "starcoder2", [Layer(mixer, ffn)] * int(m.need("block_count")), layer_norm_of(m))
 
 
+POOLER = Transform("tanh")
+
+
+def read_bert(m: Meta) -> ModelConfig:
+    """BERT as an encoder of texts, or with the classifier of a re-ranker. Its pooler is the tensor `cls`, which llama.cpp's converter leaves out and its source reads."""
+    shapes = m.file.shapes
+    if m.get("attention.causal", False):
+        raise CheckpointError(f"{m.file.where}: bert.attention.causal=true: a BERT whose tokens see the earlier ones alone is not read")
+    m.get("pooling_type")           # how a text's vector is made of the hidden states: `decode.embed` is told by its caller
+    labels, pooler = m.get("classifier.output_labels"), "cls.weight" in shapes
+    head: Any = NoHead(POOLER if pooler else None)
+    if "cls.output.weight" in shapes:
+        if not pooler:
+            raise CheckpointError(f"{m.file.where}: it has a classifier (cls.output.weight) without the pooler before it (cls.weight), which its converter left out; "
+                                  "use the Hugging Face checkpoint")
+        head = ClassifierHead(tuple(labels or (f"LABEL_{i}" for i in range(shapes["cls.output.weight"][0]))), POOLER)
+    mixer = replace(mixer_of(m), rope=None, causal=False)
+    layer = Layer(mixer, Mlp(int(m.one("feed_forward_length")), "gelu", gated=False, bias="blk.0.ffn_up.bias" in shapes), "after_sum")
+    return finish(m, "bert", [layer] * int(m.need("block_count")), layer_norm_of(m), learned_positions=shapes.get("position_embd.weight", (0,))[0],
+                  token_types=shapes.get("token_types.weight", (None,))[0], embed_norm=True, final_norm=False, head=head)
+
+
+def read_t5(m: Meta) -> ModelConfig:
+    """T5, and with a gate T5 v1.1 and Flan-T5. llama.cpp fixes the activations, and 128 as the distance where buckets end."""
+    norm, relative = norm_of(m), RelativeBuckets(int(m.need("attention.relative_buckets_count")), 128)
+    mixer = replace(mixer_of(m), rope=None, scale=1.0, relative=relative, qkv_bias=False, out_bias=False)
+    gated = "dec.blk.0.ffn_gate.weight" in m.file.shapes
+    ffn = Mlp(int(m.one("feed_forward_length")), "gelu_tanh" if gated else "relu", gated=gated)
+    count = int(m.need("block_count"))
+    inner = finish(m, "t5", [Layer(replace(mixer, causal=False), ffn)] * count, norm, head=NoHead())
+    start = m.get("decoder_start_token_id")
+    layers = [Layer(mixer, ffn, cross=replace(mixer, relative=None, causal=False))] * int(m.get("decoder_block_count", count))
+    return finish(m, "t5", layers, norm, encoder=inner, logit_scale=inner.dim ** -0.5 if inner.tied else 1.0, decoder_start=inner.pad_token or 0 if start is None else int(start))
+
+
 # The way back
 
 def write_mixture(config: ModelConfig) -> dict[str, Any]:
@@ -181,6 +218,19 @@ def write_gemma3(config: ModelConfig) -> dict[str, Any]:
     return out | ({"attention.sliding_window_pattern": every} if every != 6 else {}) | ({"final_logit_softcapping": config.logit_softcap} if config.logit_softcap else {})
 
 
+def write_bert(config: ModelConfig) -> dict[str, Any]:
+    labels = {"classifier.output_labels": list(config.head.labels), "pooling_type": 4} if isinstance(config.head, ClassifierHead) else {}         # 4: its score, "rank"
+    return {**decoder_fields(config), "attention.causal": False, **labels}
+
+
+def write_t5(config: ModelConfig) -> dict[str, Any]:
+    """Its buckets end at 128 unsaid; the number of layers is the encoder's."""
+    inner, mixer = config.encoder or config, config.layers[0].mixer
+    assert isinstance(mixer, Attention) and isinstance(mixer.relative, RelativeBuckets)
+    return {**decoder_fields(config), "block_count": len(inner.layers), "decoder_block_count": len(config.layers), "attention.layer_norm_epsilon": config.norm.eps,
+            "attention.relative_buckets_count": mixer.relative.buckets, "decoder_start_token_id": config.decoder_start}
+
+
 @dc.dataclass(frozen=True)
 class Architecture:
     """families: the families whose models it holds. read: metadata -> ModelConfig. write: the way back, keys without the architecture's name (what it cannot say is found by
@@ -190,6 +240,27 @@ class Architecture:
     write: Callable[[ModelConfig], dict[str, Any]]
     table: Table
     experts: Table | None = None
+
+
+def t5_rows() -> tuple[Row, ...]:
+    """The rows of both stacks; a stack's relative positions are with its first layer."""
+    rows = []
+    for lead, stack in (("enc.", "encoder"), ("dec.", "")):
+        ours, block = f"{stack}/" if stack else "", lead + B
+        rows += [Row(f"{lead}output_norm.weight", f"{ours}final_norm/scale"), Row(f"{lead}blk.0.attn_rel_b.weight", f"{ours}relative/table")]
+        named = {"attn_": "mixer", "cross_attn_": "cross"} if not stack else {"attn_": "mixer"}
+        for theirs, path in named.items():
+            rows += [Row(f"{block}{theirs}{c}.weight", f"{path}/{c}", "(n h) d -> d n h", stack=stack) for c in "qkv"]
+            rows += [Row(f"{block}{theirs}o.weight", f"{path}/o", "d (n h) -> n h d", stack=stack), Row(f"{block}{theirs}norm.weight", f"norm_{path}/scale", stack=stack)]
+        rows += [Row(f"{block}ffn_{c}.weight", f"ffn/{c}", "f d -> d f" if c != "down" else "d f -> f d", stack=stack) for c in ("gate", "up", "down")]
+        rows += [Row(f"{block}ffn_norm.weight", "norm_ffn/scale", stack=stack)]
+    return (*top()[::2], *rows)
+
+
+def classifier_rows() -> tuple[Row, ...]:
+    """A pooler and a classifier, each with its bias."""
+    kernels = {"cls": ("classifier/dense", "pooler/dense"), "cls.output": ("classifier/out",)}
+    return tuple(row for name, paths in kernels.items() for path in paths for row in (Row(f"{name}.weight", path, "o i -> i o"), Row(f"{name}.bias", f"{path}_bias")))
 
 
 PLAIN = (*top(), *attention(False), *MLP)
@@ -206,6 +277,10 @@ ARCHITECTURES: dict[str, Architecture] = {
                                                                   Row(B + "ffn_up.weight", ("ffn/gate", "ffn/up"), "[f] d -> d f"), MLP[-1]), copies=COPIES)),
     "gpt2": Architecture(("gpt2",), read_gpt2, decoder_fields, Table((*with_biases((*top(), *norms(**PRE))), POSITIONS, *FUSED, *attention(False)[2:4], *MLP), copies=COPIES)),
     "starcoder2": Architecture(("starcoder2",), read_starcoder2, write_window, Table((*with_biases((*top(), *norms(**PRE))), *attention(False), *MLP), extras=UNUSED, copies=COPIES)),
+    "bert": Architecture(("bert",), read_bert, write_bert, Table((top()[0], POSITIONS, Row("token_types.weight", "types/table"), Row("token_embd_norm.weight", "embed_norm/scale"),
+                                                                  Row("token_embd_norm.bias", "embed_norm/bias"), *with_biases(norms(**POST)), *attention(False), *MLP, *classifier_rows()))),
+    # the first release's cross-attention has a table that was never used
+    "t5": Architecture(("t5",), read_t5, write_t5, Table(t5_rows(), extras=(r"dec\.blk\.0\.cross_attn_rel_b\.weight",), copies=COPIES)),
 }
 
 
@@ -225,6 +300,8 @@ def to_gguf(config: ModelConfig, params: Mapping[str, Any]) -> tuple[dict[str, A
     ids = {"bos": config.bos_token, "padding": config.pad_token, **dict(zip(("eos", "eot", "eom"), config.end_tokens))}
     fields = {"general.architecture": name, **{f"{name}.{key}": value for key, value in arch.write(config).items()},
               **{f"tokenizer.ggml.{role}_token_id": value for role, value in ids.items() if value is not None}}
+    if config.token_types:
+        fields["tokenizer.ggml.token_type_count"] = config.token_types          # llama.cpp keeps the number of rows of `token_types` with the words
     mixer = mixers(config)[0]
     small = divisors_of(mixer.rope, mixer.head_dim)
     rows = arch.experts if f"{name}.expert_count" in fields and arch.experts else arch.table

@@ -1,6 +1,6 @@
 """Writing GGUF files: which block type each tensor gets, and the file, tensor by tensor; the container and the block types are the `gguf` package's.
 
-Matrices get the type asked for. As in llama.cpp's own tools: vectors, routers and learned positions stay in float32, a matrix whose rows are no whole number of blocks is written
+Matrices get the type asked for. As in llama.cpp's own tools: vectors, routers and tables of positions and token types stay in float32, a matrix whose rows are no whole number of blocks is written
 in float16, and of a 4- or 5-bit file the embedding and the head, which weigh on every token, are written in 8 bits (Q8_0).
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmjax.core.errors import CheckpointError
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q5_1": "Q5_1", "q5_0": "Q5_0", "q4_1": "Q4_1", "q4_0": "Q4_0"}
 PLAIN = ("F32", "F16", "BF16")
 WIDE = ("token_embd.weight", "output.weight")            # eight bits at least
-EXACT = ("ffn_gate_inp", "position_embd")                # float32 always
+EXACT = ("ffn_gate_inp", "position_embd", "token_types", "attn_rel_b")                # float32 always
 
 
 @dc.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
 def write(file: pathlib.Path, fields: Mapping[str, Any], tensors: list[Tensor], kind: str, progress: Callable[[str], None] | None = None) -> None:
     """A GGUF file (version 3): metadata, then the tensors in turn. Written beside and renamed last: what stood there stays where anything fails.
 
-    fields: whole numbers are kept as uint32 (in lists int32), numbers with a fraction as float32. kind: what general.file_type says.
+    fields: whole numbers are kept as uint32 (in lists int32, bytes uint8), numbers with a fraction as float32. kind: what general.file_type says.
     Raises CheckpointError where the disk is full and for numbers the type cannot hold.
     """
     from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
@@ -119,10 +119,11 @@ def write(file: pathlib.Path, fields: Mapping[str, Any], tensors: list[Tensor], 
 def add(writer: Any, key: str, value: Any) -> None:
     """One pair of metadata, with the type llama.cpp expects of its kind."""
     from gguf import GGUFValueType as Type
-    if isinstance(value, list | tuple):
+    if isinstance(value, bytes):
+        writer.add_key_value(key, value, Type.ARRAY, Type.UINT8)
+    elif isinstance(value, list | tuple):
         if value:
             kind = Type.STRING if isinstance(value[0], str) else Type.BOOL if isinstance(value[0], bool) else Type.FLOAT32 if isinstance(value[0], float) else Type.INT32
             writer.add_key_value(key, list(value), Type.ARRAY, kind)
-        return
-    kinds = {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}
-    writer.add_key_value(key, value, kinds[type(value)])
+    else:
+        writer.add_key_value(key, value, {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}[type(value)])

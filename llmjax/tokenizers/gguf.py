@@ -1,5 +1,5 @@
-"""Vocabularies in GGUF metadata, rebuilt so that they give the same ids as llama.cpp: `gpt2` (byte-level BPE with merges), `llama` (SentencePiece scores), `gemma4` (BPE over ▁
-text).
+"""Vocabularies in GGUF metadata, rebuilt so that they give the same ids as llama.cpp: `gpt2` (byte-level BPE with merges), `llama` (SentencePiece scores), `t5`
+(SentencePiece's Unigram), `bert` (WordPiece, ▁ before what opens a word), `gemma4` (BPE over ▁ text).
 
 The regular expressions are those of llama.cpp's `llama-vocab.cpp` (MIT), which approximates a few of the originals. Not here: reading the file (the caller gives its metadata as
 a dict).
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 
 from llmjax.core.errors import CheckpointError, nearest
-from llmjax.tokenizers import pieces
+from llmjax.tokenizers import pieces, wordpiece
 from llmjax.tokenizers.tokenizer import Tokenizer
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -68,6 +68,11 @@ ADD_BOS = frozenset(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", 
 """Those that begin with bos where the file does not say."""
 
 
+DEFAULTS: dict[str, dict[str, int]] = {"gpt2": {}, "gemma4": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0},
+                                       "bert": {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103}}
+"""Kind of vocabulary -> the ids llama.cpp takes where the file does not say (the separator is misspelled in the format)."""
+
+
 def from_gguf(fields: Mapping) -> Tokenizer:
     """The tokenizer of a GGUF file. `fields`: its metadata, key -> Python value (`tokenizer.ggml.tokens` list[str], `.scores` list[float], `.token_type` list[int], `.merges`
     list[str], ...).
@@ -79,30 +84,49 @@ def from_gguf(fields: Mapping) -> Tokenizer:
         return fields[f"tokenizer.ggml.{name}"]
 
     model, texts = field("model"), [text or f"[EMPTY_{id}]" for id, text in enumerate(field("tokens"))]
-    if model not in ("gpt2", "llama", "gemma4"):
-        raise CheckpointError(f"tokenizer.ggml.model {model!r} is not one that can be rebuilt; known: gemma4, gpt2, llama")
+    if model not in DEFAULTS:
+        raise CheckpointError(f"tokenizer.ggml.model {model!r} is not one that can be rebuilt; known: {', '.join(sorted(DEFAULTS))}")
     types = [int(t) for t in fields.get("tokenizer.ggml.token_type") or [pieces.NORMAL] * len(texts)]
-    scores = [float(s) for s in field("scores")] if model == "llama" else [0.0] * len(texts)
+    scores = [float(s) for s in field("scores")] if model in ("llama", "t5") else [0.0] * len(texts)
     for name, values in (("token_type", types), ("scores", scores)):
         if len(values) != len(texts):
             raise CheckpointError(f"tokenizer.ggml.{name} has {len(values)} entries for {len(texts)} tokens: the file is damaged")
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}  # llama.cpp's
-    ids = {role: _token_id(fields, role, texts, defaults.get(role)) for role in ("bos", "eos", "unknown", "padding")}
+    if model == "bert":
+        return _wordpiece(fields, texts, types)
+    ids = {role: _token_id(fields, role, texts, DEFAULTS[model].get(role)) for role in ("bos", "eos", "unknown", "padding")}
     phi3 = any(name in str(fields.get("general.name", "")).lower() for name in ("phi-3", "phi3"))  # llama.cpp knows them by name: white space after their markers goes
     keep_right = {"<unk>", "<s>", "<|endoftext|>"}
     strip_right = frozenset(i for i, (text, type) in enumerate(zip(texts, types)) if phi3 and (text == "</s>" or type in (2, 3, 4)) and text not in keep_right)
-    if model == "llama":
-        table = pieces.Pieces(texts, scores, types, ids["unknown"], bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
-                              bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)))
-        backend, bos_default = pieces.build(table, False, "the GGUF vocabulary", strip_right), True
+    if model in ("llama", "t5"):
+        charsmap = bytes(int(b) & 255 for b in fields.get("tokenizer.ggml.precompiled_charsmap") or ())       # some writers keep its bytes as signed numbers
+        table = pieces.Pieces(texts, scores, types, ids["unknown"], bool(fields.get("tokenizer.ggml.add_space_prefix", model == "llama")),
+                              bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)), charsmap)
+        backend, bos_default = pieces.build(table, model == "t5", "the GGUF vocabulary", strip_right), model == "llama"
     elif model == "gemma4":
         backend, bos_default = _spaced_bpe(texts, types, field("merges")), False
     else:
         backend, bos_default = _byte_level(fields, texts, types, field("merges"), strip_right)
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", bos_default))
-    pieces.wrap_ids(backend, texts, ids["bos"] if add_bos else None, ids["eos"] if fields.get("tokenizer.ggml.add_eos_token", False) else None)
+    pieces.wrap_ids(backend, texts, ids["bos"] if add_bos else None, ids["eos"] if fields.get("tokenizer.ggml.add_eos_token", model == "t5") else None)
     text = {role: None if id is None else texts[id] for role, id in ids.items()}
     return Tokenizer(backend, bos=text["bos"], eos=text["eos"], pad=text["padding"], unk=text["unknown"], chat_template=_templates(fields))
+
+
+def _wordpiece(fields: Mapping, texts: list[str], types: list[int]) -> Tokenizer:
+    """A piece without ▁ that is no special token goes on with a word."""
+    roles = {"cls": "bos", "sep": "seperator", "unk": "unknown", "pad": "padding", "mask": "mask"}
+    ids = {role: _token_id(fields, key, texts, DEFAULTS["bert"][key] if DEFAULTS["bert"][key] < len(texts) else None) for role, key in roles.items()}
+    missing = [roles[role] for role in ("cls", "sep", "unk") if ids[role] is None]
+    if missing:
+        raise CheckpointError(f"this GGUF file has no tokenizer.ggml.{missing[0]}_token_id, and fewer tokens than the {DEFAULTS['bert'][missing[0]]} that it would stand at")
+    special = {i for i, type in enumerate(types) if type in (pieces.CONTROL, pieces.UNKNOWN, pieces.USER_DEFINED)} | {i for i in ids.values() if i is not None}
+    words = [text if i in special or types[i] == pieces.UNUSED else text.removeprefix("▁") if text.startswith("▁") else "##" + text for i, text in enumerate(texts)]
+    marks = {role: words[i] for role, i in ids.items() if i is not None}
+    lower = bool(fields.get("tokenizer.ggml.normalizer.lowercase", True))
+    backend = wordpiece.build(pieces.unique_texts(words, "the GGUF vocabulary"), lower_case=lower, strip_accents=bool(fields.get("tokenizer.ggml.normalizer.strip_accents", lower)),
+                              unk=marks["unk"], cls=marks["cls"], sep=marks["sep"])
+    pieces.add_special(backend, words, [pieces.CONTROL if i in ids.values() else type for i, type in enumerate(types)])
+    return Tokenizer(backend, pad=marks.get("pad"), unk=marks["unk"], chat_template=_templates(fields))
 
 
 def _token_id(fields: Mapping, role: str, texts: list[str], default: int | None) -> int | None:

@@ -1,8 +1,10 @@
 """A tokenizer as GGUF metadata, so that llama.cpp reads the same ids out of a text. The way back is `gguf.py`, and every result is read back through it and compared.
 
-Two kinds can be said: byte-level BPE (`gpt2`), whose way of cutting words llama.cpp knows by name alone: the name is found by cutting a text that tells them apart; and BPE over ▁
-pieces with bytes to fall back on (`llama`), which llama.cpp rebuilds from scores: the first merge that makes a piece gives its score.
+Four kinds can be said: byte-level BPE (`gpt2`), whose way of cutting words llama.cpp knows by name alone: the name is found by cutting a text that tells them apart; BPE over ▁
+pieces with bytes to fall back on (`llama`), which llama.cpp rebuilds from scores: the first merge that makes a piece gives its score; Unigram over ▁ pieces (`t5`); BERT's WordPiece
+(`bert`).
 """
+import base64
 import json
 from typing import Any
 
@@ -26,8 +28,11 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     state = json.loads(tokenizer.backend.to_str())
     model = state["model"]
     kind = tokenizer._kind
-    if model["type"] != "BPE" or kind not in ("byte_level", "sentencepiece"):
-        raise CheckpointError(f"a GGUF file cannot hold this tokenizer ({model['type']}, {kind}); written are byte-level BPE and BPE over ▁ pieces. Convert without it, or to hf")
+    named = {("BPE", "byte_level"): "gpt2", ("BPE", "sentencepiece"): "llama", ("Unigram", "sentencepiece"): "t5", ("WordPiece", "whole"): "bert"}
+    if (model["type"], kind) not in named:
+        raise CheckpointError(f"a GGUF file cannot hold this tokenizer ({model['type']}, {kind}); written are byte-level BPE, BPE and Unigram over ▁ pieces, and WordPiece. "
+                              "Convert without it, or to hf")
+    name = named[model["type"], kind]
     texts = [f"[PAD{i}]" for i in range(max(vocab_size, tokenizer.vocab_size))]
     types = [pieces.UNUSED] * len(texts)
     for text, i in tokenizer.backend.get_vocab(with_added_tokens=True).items():
@@ -35,22 +40,27 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         types[i] = pieces.BYTE if kind == "sentencepiece" and len(text) == 6 and text.startswith("<0x") else pieces.NORMAL
     for i, token in tokenizer._added.items():
         types[i] = pieces.CONTROL if token.special else pieces.USER_DEFINED
-    out: dict[str, Any] = {"tokens": texts, "token_type": types}
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    if kind == "byte_level":
-        out |= {"model": "gpt2", "pre": name_of(tokenizer), "merges": [" ".join(pair) for pair in merges]}
+    out: dict[str, Any] = {"model": name, "tokens": texts, "token_type": types}
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
+    around = tokenizer.encode("a", add_special_tokens=True)
+    if name == "bert":
+        out |= word_pieces(tokenizer, state, around, texts, types)
+    elif name == "t5":
+        out |= unigram(tokenizer, state, texts, types)
+    elif name == "gpt2":
+        out |= {"pre": name_of(tokenizer), "merges": [" ".join(pair) for pair in merges]}
     else:
         if tokenizer.unk_id is not None:
             types[tokenizer.unk_id] = pieces.UNKNOWN
         first: dict[str, int] = {}
         for rank, pair in enumerate(merges):
             first.setdefault("".join(pair), rank)
-        out |= {"model": "llama", "scores": [-float(first.get(text, 0 if type != pieces.NORMAL else len(merges))) for text, type in zip(texts, types)],
+        out |= {"scores": [-float(first.get(text, 0 if type != pieces.NORMAL else len(merges))) for text, type in zip(texts, types)],
                 "add_space_prefix": starts_with_space(tokenizer)}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
     out |= {f"{role}_token_id": i for role, i in ids.items() if i is not None}
-    around = tokenizer.encode("a", add_special_tokens=True)
-    out |= {"add_bos_token": bool(around) and around[0] == tokenizer.bos_id, "add_eos_token": bool(around) and around[-1] == tokenizer.eos_id}
+    if name != "bert":
+        out |= {"add_bos_token": bool(around) and around[0] == tokenizer.bos_id, "add_eos_token": bool(around) and around[-1] == tokenizer.eos_id}
     fields = {f"tokenizer.ggml.{key}": value for key, value in out.items()}
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
@@ -58,11 +68,42 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         fields |= {"tokenizer.chat_templates": [name for name in templates if name != "default"]}
         templates = templates.get("default")
     fields |= {"tokenizer.chat_template": templates} if templates else {}
-    for more in ({}, {"general.name": "phi3"}):            # by this name llama.cpp knows that white space after a marker goes
+    tries: tuple[dict, ...] = ({}, {"general.name": "phi3"})            # by this name llama.cpp knows that white space after a marker goes
+    if name == "t5":
+        tries = ({"tokenizer.ggml.remove_extra_whitespaces": True}, {"tokenizer.ggml.remove_extra_whitespaces": False})
+    for more in tries:
         strange = first_difference(tokenizer, from_gguf(fields | more))
         if strange is None:
             return fields | more
     raise CheckpointError(f"a GGUF file cannot hold this tokenizer: llama.cpp would read other ids from {strange!r}. Convert without it, or to hf")
+
+
+def word_pieces(tokenizer: Tokenizer, state: dict, around: list[int], texts: list[str], types: list[int]) -> dict[str, Any]:
+    """What WordPiece is written as; `texts` get their ▁. Raises CheckpointError where nothing stands around a text: llama.cpp always puts two tokens there."""
+    if len(around) < 3 or not {around[0], around[-1]} <= set(tokenizer._added):
+        raise CheckpointError("a GGUF file cannot hold this tokenizer: WordPiece without a special token before and after a text. Convert without it, or to hf")
+    for i, (text, type) in enumerate(zip(texts, types)):
+        if type == pieces.NORMAL:
+            texts[i] = text[2:] if text.startswith("##") else "▁" + text
+    rules = state["normalizer"] or {}
+    lower = bool(rules.get("lowercase"))
+    mask = tokenizer.special_tokens.get("[MASK]")
+    return {"pre": "default", "bos_token_id": around[0], "seperator_token_id": around[-1], "normalizer.lowercase": lower,
+            "normalizer.strip_accents": lower if rules.get("strip_accents") is None else rules["strip_accents"], **({} if mask is None else {"mask_token_id": mask})}
+
+
+def unigram(tokenizer: Tokenizer, state: dict, texts: list[str], types: list[int]) -> dict[str, Any]:
+    """What Unigram is written as: its scores, and the table that characters are replaced by (SentencePiece's, in base 64 in the state)."""
+    scores = [-10_000.0] * len(texts)                       # llama.cpp's own for tokens of no use
+    for i, (text, score) in enumerate(state["model"]["vocab"]):
+        scores[i] = score
+        if len(text) == 6 and text.startswith("<0x"):
+            types[i] = pieces.BYTE
+    if tokenizer.unk_id is not None:
+        types[tokenizer.unk_id] = pieces.UNKNOWN
+    steps = state["normalizer"] or {}
+    tables = [step["precompiled_charsmap"] for step in steps.get("normalizers", [steps]) if step.get("type") == "Precompiled"]
+    return {"pre": "default", "scores": scores, "add_space_prefix": starts_with_space(tokenizer), **({"precompiled_charsmap": base64.b64decode(tables[0])} if tables else {})}
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:

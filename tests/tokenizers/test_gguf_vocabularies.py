@@ -85,7 +85,7 @@ def test_sentencepiece_kind():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"tokenizer.ggml.pre": "gpt-3"}, "'gpt-3'.*did you mean 'gpt-2'"), ({"tokenizer.ggml.model": "bert"}, "'bert'"), ({"tokenizer.ggml.merges": ["zz zz"]}, "zz zz"),
+    ({"tokenizer.ggml.pre": "gpt-3"}, "'gpt-3'.*did you mean 'gpt-2'"), ({"tokenizer.ggml.model": "rwkv"}, "'rwkv'"), ({"tokenizer.ggml.merges": ["zz zz"]}, "zz zz"),
     ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2"), ({"tokenizer.ggml.eos_token_id": 100000}, "100000"), ({"tokenizer.ggml.tokens": ["a", "a"],
         "tokenizer.ggml.token_type": [1, 1]}, "twice|outside"),
 ])
