@@ -201,7 +201,8 @@ def scheme_of(config: Any, where: str) -> Scheme | None:
 
 class Dequantized:
     """Tensors of `source` as if they had never been quantised: a layer's parts become one "….weight" (experts in MXFP4 one tensor without an ending), float32; the others are as they
-    are. A `table.Source`."""
+    are. A `table.Source` that is read by one thread, since it holds one tensor at a time."""
+    readers = 1
 
     def __init__(self, source: Any, scheme: Scheme):
         self.source, self.scheme, self.where = source, scheme, source.where

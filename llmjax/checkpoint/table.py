@@ -2,22 +2,25 @@
 
 It knows no model and no file format: it works on a tree of shapes given by the caller (`jax.ShapeDtypeStruct` leaves, with their shardings where they have some) and on a
 `Source` of named tensors. Every tensor must be read and every parameter written; what is left over, missing or of another shape is an error that names it.
-Loading fills one leaf of the tree at a time, layer by layer, straight to where it lies: above the model the host holds one leaf's local shards and a part of one tensor.
+Loading fills one leaf of the tree at a time, by a few threads, straight to where it lies: above the model the host holds one leaf's local shards and, per thread, a portion of
+a tensor (or one whole tensor that cannot be read in portions).
 """
 from __future__ import annotations
 
 import dataclasses as dc
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from llmjax.checkpoint import patterns
-from llmjax.checkpoint.copying import aligned, copy_into
+from llmjax.checkpoint.copying import ROWS, aligned, copy_into
 from llmjax.core.errors import CheckpointError
 from llmjax.core.leaves import dense
 from llmjax.core.tree import flatten, unflatten
@@ -25,10 +28,12 @@ from llmjax.core.tree import flatten, unflatten
 Tree = Any
 Span = tuple[tuple[int, int], ...]                 # what of an array a shard covers: (start, stop) per dimension
 PORTION = 4 << 20                                  # numbers of a large tensor that are read at once: 16 MB of float32
+READERS = min(8, os.cpu_count() or 1)              # threads that read and transpose, a portion each; more would only wait for memory
 
 
 class Source(Protocol):
-    """Named tensors that can be read one at a time, or some rows of one. `where` names the file or folder in errors; `shapes` maps each name to its shape."""
+    """Named tensors that can be read, or some rows of one. `where` names the file or folder in errors; `shapes` maps each name to its shape. Several threads read at once, unless
+    the source has `readers = 1`."""
     @property
     def where(self) -> str: ...
 
@@ -208,67 +213,85 @@ def load(source: Source, table: Table, like: Tree, progress: Callable[[str], Non
         for number, (name, at) in enumerate(cell.parts):
             uses.setdefault(name, []).append((cell, number, at))
     out = {}
-    for name, leaf in flat.items():
-        out[name] = fill(source, names, uses[name], leaf)
-        if progress:
-            progress(name)
+    with ThreadPoolExecutor(getattr(source, "readers", READERS)) as pool:
+        for name, leaf in flat.items():
+            out[name] = fill(source, names, uses[name], leaf, pool)
+            if progress:
+                progress(name)
     return unflatten(out)
 
 
-def fill(source: Source, names: Mapping[str, str], uses: list[tuple[Cell, int, tuple[int, ...]]], like: Any) -> jax.Array:
-    """One leaf: a host buffer per local shard, filled tensor by tensor, then put in its place."""
+def fill(source: Source, names: Mapping[str, str], uses: list[tuple[Cell, int, tuple[int, ...]]], like: Any, pool: ThreadPoolExecutor) -> jax.Array:
+    """One leaf: a host buffer per local shard, filled portion by portion (each has a place of its own, so their order does not matter), then put in its place."""
     sharding = getattr(like, "sharding", None)
     whole = tuple((0, n) for n in like.shape)
     places = {None: whole}
     if sharding is not None:
         places = {device: tuple(s.indices(n)[:2] for s, n in zip(index, like.shape)) for device, index in sharding.addressable_devices_indices_map(like.shape).items()}
     buffers = {span: aligned([stop - start for start, stop in span], like.dtype) for span in set(places.values())}
+
+    def copy(cell: Cell, number: int, part: Part | None, reach: dict[Span, tuple[tuple, tuple]]) -> None:
+        x = source.read(names[cell.name], *(part.start * part.rows, part.stop * part.rows) if part else ())
+        if cell.pieces is not None:
+            pattern, sizes = patterns.parse(cell.row.pattern), cell.pieces
+            if part:
+                sizes = tuple({**piece, pattern.left[0][0]: part.stop - part.start} for piece in sizes)
+            x = patterns.split(x, pattern, sizes, number)
+        if cell.row.added:
+            x = x.astype(np.float32) - np.float32(cell.row.added)
+        for span, (place, taken) in reach.items():
+            copy_into(buffers[span][place], x[taken])
+
+    together: list[tuple] = []
+    alone: list[tuple] = []
     for cell, number, at in uses:
         spans = [span for span in buffers if all(start <= i < stop for i, (start, stop) in zip(at, span))]
-        if not spans:
-            continue
-        axis, step = portions(cell)
-        for first in range(0, max(cell.shape[:1], default=1), step):
-            rows = (first, min(first + step, cell.shape[0])) if axis is not None else None
-            reach = {span: overlap(span, at, axis, rows) for span in spans}
-            if all(place is None for place in reach.values()):
-                continue
-            x = source.read(names[cell.name], *rows or ())
-            if cell.pieces is not None:
-                pattern, sizes = patterns.parse(cell.row.pattern), cell.pieces
-                if rows:
-                    sizes = tuple({**piece, pattern.left[0][0]: rows[1] - rows[0]} for piece in sizes)
-                x = patterns.split(x, pattern, sizes, number)
-            if cell.row.added:
-                x = x.astype(np.float32) - np.float32(cell.row.added)
-            for span, place in reach.items():
-                if place is not None:
-                    copy_into(buffers[span][place[0]], x[place[1]])
+        for part in portions(cell) if spans else ():
+            reach = {span: there for span in spans if (there := overlap(span, at, part))}
+            if reach:
+                (together if part or math.prod(cell.shape) <= PORTION else alone).append((cell, number, part, reach))
+    for _ in pool.map(lambda portion: copy(*portion), together):
+        pass
+    for portion in alone:                            # a large tensor in one piece: two of them at once would be more than the host was promised to hold
+        copy(*portion)
     if sharding is None:
         return jax.device_put(buffers[whole])
     shards = [jax.device_put(buffers[span], device) for device, span in places.items()]
     return jax.make_array_from_single_device_arrays(like.shape, sharding, shards)
 
 
-def portions(cell: Cell) -> tuple[int | None, int]:
-    """(our dimension that the file's rows are, how many to read at once), or (None, all) for a tensor that is small or whose rows are not one dimension of ours."""
-    everything = max(1, cell.shape[0]) if cell.shape else 1
-    if math.prod(cell.shape) <= PORTION or len(cell.parts) > 1:
-        return None, everything
-    step = max(1, PORTION * cell.shape[0] // math.prod(cell.shape))
-    if cell.pieces is None:
-        return 0, step
-    pattern = patterns.parse(cell.row.pattern)
-    axes = [i for i, group in enumerate(pattern.right) if group == pattern.left[0]]
-    return (axes[0], step) if axes and len(pattern.left[0]) == 1 else (None, everything)
+@dc.dataclass(frozen=True)
+class Part:
+    """From `start` to before `stop` of our dimension `axis`, in each place of which the file has `rows` rows."""
+    axis: int
+    start: int
+    stop: int
+    rows: int
 
 
-def overlap(span: Span, at: tuple[int, ...], axis: int | None, rows: tuple[int, int] | None) -> tuple[tuple, tuple] | None:
-    """(where in a shard's buffer, what of the tensor read) for a shard that covers `span`, or None where these rows do not reach it."""
+def portions(cell: Cell) -> list[Part] | list[None]:
+    """What is read of a tensor at once: [None] is all of it, for one that is small or whose rows are not in the order of one dimension of ours."""
+    size, axis, rows = math.prod(cell.shape), 0, 1
+    if size <= PORTION or len(cell.parts) > 1:
+        return [None]
+    if cell.pieces is not None:
+        pattern = patterns.parse(cell.row.pattern)
+        outer, *inner = pattern.left[0]
+        if (outer,) not in pattern.right:
+            return [None]
+        axis, rows = pattern.right.index((outer,)), math.prod(cell.pieces[0][letter] for letter in inner)
+    places = cell.shape[0] // rows
+    step = max(1, PORTION * places // size)
+    step -= step % max(1, ROWS // rows) if step * rows > ROWS else 0
+    return [Part(axis, first, min(first + step, places), rows) for first in range(0, places, step)]
+
+
+def overlap(span: Span, at: tuple[int, ...], part: Part | None) -> tuple[tuple, tuple] | None:
+    """(where in a shard's buffer, what of the tensor read) for a shard that covers `span`, or None where this part does not reach it."""
     target: list[Any] = [i - start for i, (start, _) in zip(at, span)]
     taken = []
     for i, (start, stop) in enumerate(span[len(at):]):
-        first, last = rows if rows and i == axis else (0, stop)
+        first, last = (part.start, part.stop) if part and i == part.axis else (0, stop)
         low, high = max(start, first), min(stop, last)
         if low >= high and stop > start:
             return None

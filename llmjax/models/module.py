@@ -116,8 +116,7 @@ def rematerialised(cell: type[Module], remat: str | None, scanned: bool) -> Any:
 @functools.lru_cache(maxsize=64)
 def boxed_params(model: Module) -> Any:
     """The tree of Labeled(ShapeDtypeStruct) a model is initialised to; nothing is computed."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(lambda key: model.init(key, tokens), jax.random.key(0))["params"]
+    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
 
 
 def is_labeled(x: Any) -> bool:

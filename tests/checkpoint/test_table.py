@@ -1,5 +1,8 @@
 """The table engine on small hand-made trees: loading, saving, sharding, and what does not fit."""
 import dataclasses as dc
+import random
+import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +143,94 @@ def test_a_parameter_no_row_makes_is_an_error():
     like = tree() | {"extra": {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)}}
     with pytest.raises(CheckpointError, match="'extra/bias'"):
         load(Memory(tensors()), TABLE, like)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 8])
+def test_threads_do_not_change_the_numbers(readers, monkeypatch):
+    """Portions that end in another order than they began, and one that cannot be read: what comes out is the same, and the error is the reader's own."""
+    class Slow(Memory):
+        inside = most = 0
+
+        def read(self, name, start=0, stop=None):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(random.random() / 2000)
+            self.inside -= 1
+            if name == spoiled:
+                raise CheckpointError(f"memory: it ends inside the tensor {name!r}")
+            return super().read(name, start, stop)
+    monkeypatch.setattr(table, "PORTION", 50)
+    monkeypatch.setattr(table, "READERS", readers)
+    spoiled, source, single = None, Slow(tensors()), Memory(tensors())
+    single.readers = 1
+    same = jax.tree.map(np.array_equal, load(source, TABLE, tree()), load(single, TABLE, tree()))
+    assert all(jax.tree.leaves(same)) and 1 <= source.most <= readers and (source.most > 1) == (readers > 1)
+    spoiled = "model.layers.4.q.weight"
+    with pytest.raises(CheckpointError, match=r"ends inside the tensor 'model\.layers\.4\.q\.weight'"):
+        load(source, TABLE, tree())
+
+
+class Host:
+    """A sharding as one host of several sees it: two of the eight devices are its own."""
+    def __init__(self, sharding):
+        self.sharding = sharding
+
+    def addressable_devices_indices_map(self, shape):
+        return dict(list(self.sharding.devices_indices_map(shape).items())[:2])
+
+
+class Leaf:
+    def __init__(self, shape, sharding):
+        self.shape, self.dtype, self.sharding = shape, np.dtype(np.float32), sharding
+
+
+class Held:
+    """Bytes of arrays that are alive: how many there are, the most there were, all there ever were."""
+    def __init__(self):
+        self.now = self.most = self.ever = 0
+
+    def __call__(self, x):
+        self.now, self.ever = self.now + x.nbytes, self.ever + x.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(x, self.drop, x.nbytes)
+        return x
+
+    def drop(self, n):
+        self.now -= n
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
+@pytest.mark.parametrize("names", [("up", "q"), ("up", "q", "kv")])
+def test_a_host_holds_its_shard_and_one_tensor(names, monkeypatch):
+    """What buffers are asked for is the host's shard to the byte; what is read and alive at any moment, while two threads load, is never more than one tensor (one that holds two
+    parameters is not read in portions: two such at once would show here)."""
+    layers, width, hidden = 4, 64, 256
+    every = {"up": Row("up.{l}", "up", "f d -> d f"), "q": Row("q.{l}", "q", "(n h) d -> d n h"), "kv": Row("kv.{l}", ("k", "v"), "[f] d -> d f")}
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lambda *spec: Host(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec)))
+    leaves = {"up": Leaf((layers, width, hidden), place(None, "x")), "q": Leaf((layers, width, 8, hidden // 8), place(None, "x"))}
+    if "kv" in names:
+        leaves |= {"k": Leaf((layers, width, hidden), place("x")), "v": Leaf((layers, width, hidden), place("x"))}
+    rng = np.random.default_rng(0)
+    source = Memory({f"{name}.{l}": rng.normal(size=(hidden * (2 if name == "kv" else 1), width)).astype(np.float32) for name in names for l in range(layers)})
+    buffers, read = Held(), Held()
+    make = table.aligned
+
+    def slowly(name, start=0, stop=None):
+        x = read(source.tensors[name][start:stop].copy())
+        time.sleep(0.002)
+        return x
+    monkeypatch.setattr(table, "aligned", lambda shape, dtype: buffers(make(shape, dtype)))
+    monkeypatch.setattr(source, "read", slowly, raising=False)
+    monkeypatch.setattr(table, "READERS", 2)
+    monkeypatch.setattr(table, "PORTION", width * hidden // 8)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, shards: shards)
+    loaded = load(source, Table(tuple(every[name] for name in names)), {"cycle": {"0": leaves}})
+    assert buffers.ever == sum(np.prod(leaf.shape) * 4 for leaf in leaves.values()) // 4       # two of eight devices
+    assert read.now == 0 and read.most <= max(x.nbytes for x in source.tensors.values())
+    got = loaded["cycle"]["0"]
+    np.testing.assert_array_equal(got["up"][1][3], source.tensors["up.3"][hidden // 8:hidden // 4].T)
+    np.testing.assert_array_equal(got["q"][1][2][:, 0], source.tensors["q.2"][hidden // 8:hidden // 4].T)
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
