@@ -223,7 +223,7 @@ def test_what_gguf_cannot_express(name, change, words):
 def test_a_family_without_an_architecture():
     from llmjax.checkpoint import to_model_config
     made = to_model_config(transformers.OlmoConfig(**BASE).to_dict() | {"model_type": "olmo2"})
-    with pytest.raises(CheckpointError, match="family 'olmo2' are not written as GGUF.*known: gemma2"):
+    with pytest.raises(CheckpointError, match="family 'olmo2' are not written as GGUF.*known: bert, gemma2"):
         gguf_models.to_gguf(made, flatten(models.abstract_params(models.Decoder(made))))
 
 
@@ -241,7 +241,8 @@ def test_a_check_catches_a_wrong_order_of_rows(tmp_path, monkeypatch):
 
 
 def test_what_the_rows_of_a_table_say(tmp_path):
-    """Each table makes a name once for a model, whichever way it is read."""
+    """Each table makes a name once for a model, whichever way it is read: BERT's pooler is its encoder's or its classifier's, of which a model has one."""
     for name, arch in gguf_models.ARCHITECTURES.items():
         for rows in filter(None, (arch.table, arch.experts)):
-            assert isinstance(rows, table.Table) and len({row.name for row in rows.rows}) == len(rows.rows), name
+            names = [row.name for row in rows.rows]
+            assert isinstance(rows, table.Table) and {x for x in names if names.count(x) > 1} <= ({"cls.weight", "cls.bias"} if name == "bert" else set()), name
