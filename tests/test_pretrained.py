@@ -404,6 +404,15 @@ def test_gguf_vocabulary_of_another_model(tmp_path):
     (lambda f: edit(f, intermediate_size=52), r"shape \(\d+, \d+\), the config makes it"),
     (lambda f: edit(f, num_hidden_layers=4), r"'model\.layers\.3\..* is missing"),
     (lambda f: edit(f, num_hidden_layers=2), r"nothing reads 'model\.layers\.2\..* and 13 more"),
+    (lambda f: tensors(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), r"the tensor 'model\.layers\.1\.mlp\.up_proj\.weight' \(64, 32\) is missing"),
+    (lambda f: tensors(f, lambda t: t.update(mystery=np.zeros(3, np.float32))), "nothing reads 'mystery'"),
+    (lambda f: tensors(f, lambda t: t.update({"model.norm.weight": np.zeros(31, np.float32)})), r"'model\.norm\.weight' has shape \(31,\), the config makes it \(32,\)"),
+    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json") and (f / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})), "1 of 1 shards are missing, model-00002-of-00002"),
+    (lambda f: edit(f, use_strange_attention=True), "use_strange_attention='True' is a field this version does not know"),
+    (lambda f: edit(f, attention_bias="yes"), "attention_bias='yes': true or false is expected"),
+    (lambda f: edit(f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "twist": 3}), "rope_parameters: twist='3' is a field"),
+    (lambda f: edit(f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "rope_parameters: the field 'factor' is missing"),
     (lambda f: (f / "config.json").write_text("{"), "not JSON"),
     (lambda f: (f / "generation_config.json").write_text("nope"), "generation_config.json: it is not JSON"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"),
@@ -417,6 +426,14 @@ def test_damaged_folders(folders, tmp_path, spoil, words):
     with pytest.raises((CheckpointError, FileNotFoundError), match=words) as error:
         pretrained.load(tmp_path / "bad")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 and str(tmp_path) in str(error.value)
+
+
+def tensors(folder, change):
+    from safetensors.numpy import save_file
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file(held, file)
 
 
 def edit(folder, **changes):

@@ -69,6 +69,17 @@ def test_damaged_files_get_one_line(tmp_path, spoil, words):
     assert "\n" not in str(error.value) and "model.safetensors" in str(error.value) and len(str(error.value)) < 400
 
 
+def test_a_file_that_became_shorter_after_it_was_opened(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"w": np.zeros((50, 7), np.float32)}, file)
+    source = st.open_folder(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    np.testing.assert_array_equal(source.read("w", 0, 40), np.zeros((40, 7), np.float32))
+    for rows in ((), (40, 50)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: it ends inside the tensor 'w'"):
+            source.read("w", *rows)
+
+
 def test_folders_without_usable_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         st.open_folder(tmp_path)
