@@ -96,7 +96,7 @@ def of_config(hf: Mapping[str, Any], where: str = "config.json") -> Family:
         for family in FAMILIES.values():
             if family.architecture == name:
                 return family
-    raise CheckpointError(f"{where}: model_type={kind!r} is not a family this version reads; known: {', '.join(sorted(BY_TYPE))}")
+    raise CheckpointError(f"{where}: model_type={kind!r} is not a family this version reads" + nearest(str(kind), BY_TYPE))
 
 
 def to_model_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: str = "config.json") -> ModelConfig:
