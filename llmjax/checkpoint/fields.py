@@ -10,7 +10,7 @@ from typing import Any
 
 from llmjax.checkpoint.quantized import scheme_of
 from llmjax.core.errors import CheckpointError, nearest
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
+from llmjax.core.positions import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
 
 # What a config.json may say that does not change the answer: names, training and generation settings, caches, ids that the tokenizer knows better.
 HARMLESS = frozenset("""

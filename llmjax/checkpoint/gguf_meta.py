@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope, Yarn, find_cycle
+from llmjax.core.model_config import Attention, Layer, ModelConfig, Norm, find_cycle
+from llmjax.core.positions import LinearScaling, Llama3Scaling, Rope, Yarn
 
 # What may stand in a file without changing the answer, or is asked for only where it applies.
 HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",

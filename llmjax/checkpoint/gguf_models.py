@@ -19,7 +19,8 @@ from llmjax.checkpoint.families.base import mixers, plain, scale_of
 from llmjax.checkpoint.gguf_meta import File, Head, Meta, decoder_fields, divisors_of, finish, layer_norm_of, mixer_of, norm_of, rope_of
 from llmjax.checkpoint.table import Row, Table, cells
 from llmjax.core.errors import CheckpointError, ConfigError
-from llmjax.core.model_config import Attention, ClassifierHead, Layer, MixtureOfExperts, Mlp, ModelConfig, NoHead, QKNorm, RelativeBuckets, Rope, Transform
+from llmjax.core.model_config import Attention, ClassifierHead, Layer, MixtureOfExperts, Mlp, ModelConfig, NoHead, QKNorm, Transform
+from llmjax.core.positions import RelativeBuckets, Rope
 
 B = "blk.{l}."
 

@@ -4,8 +4,9 @@ from llmjax.core.errors import CheckpointError, ConfigError, DataError, MissingE
 from llmjax.core.labels import Label
 from llmjax.core.leaves import Int8, Joined, Lora, Transposed, add_lora, dense, dot, dots, is_leaf, join, quantize_int8, take
 from llmjax.core.mesh import Layout, batch_parts, batch_sharding, constrain, explain_sharding, from_layout, make_mesh, shardings
-from llmjax.core.model_config import Attention, GatedDelta, Layer, LayerInputs, LinearAttention, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, find_cycle, unrolled
+from llmjax.core.model_config import Attention, GatedDelta, Layer, LayerInputs, LinearAttention, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, find_cycle, unrolled
 from llmjax.core.platform import platform
+from llmjax.core.positions import Rope
 from llmjax.core.run_config import Adafactor, AdamW, Compute, Constant, Guard, Linear, Lion, Muon, RunConfig, WarmupCosine, WarmupStableDecay
 
 __all__ = [

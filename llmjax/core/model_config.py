@@ -6,10 +6,10 @@ row of data; a new kind of layer makes a dataclass here and a module in `models/
 from __future__ import annotations
 
 import dataclasses as dc
-import math
 from typing import Literal, get_args
 
 from llmjax.core.errors import ConfigError, nearest
+from llmjax.core.positions import Alibi, LongRope, Relative, Rope
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "tanh"]
 MAX_CHUNKS = 1 << 12                   # chunks of a chunked layer in one sequence: a segment id and a chunk share 31 bits
@@ -26,74 +26,6 @@ class Norm:
 
 
 @dc.dataclass(frozen=True)
-class LinearScaling:
-    """Positions divided by `factor` (Chen et al. 2023)."""
-    factor: float
-
-
-@dc.dataclass(frozen=True)
-class DynamicNtk:
-    """The rotary base grows with the sequence once it is longer than `context` (dynamic NTK; as in transformers)."""
-    factor: float
-    context: int
-
-
-@dc.dataclass(frozen=True)
-class Yarn:
-    """NTK-by-parts interpolation with a temperature on attention (Peng et al. 2023, arXiv:2309.00071)."""
-    factor: float
-    context: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def temperature(self, mscale: float) -> float:
-        """What sines and cosines are multiplied by so that scores stay as sharp (eq. 22; `mscale` as in DeepSeek-V2's code)."""
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-
-@dc.dataclass(frozen=True)
-class Llama3Scaling:
-    """Long wavelengths are divided by `factor`, short ones kept, a ramp between (Llama 3.1)."""
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    context: int
-
-
-@dc.dataclass(frozen=True)
-class LongRope:
-    """Each frequency divided by its own factor: one list up to `context` tokens, another for longer sequences (Ding et al. 2024, arXiv:2402.13753; Phi-3)."""
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    context: int
-    attention_factor: float = 1.0
-
-
-@dc.dataclass(frozen=True)
-class Proportional:
-    """The slowest pairs of each head stand still: the first `fraction` of the frequencies of the whole head, the others 0; all divided by `factor` (Gemma 4; as in transformers)."""
-    fraction: float
-    factor: float = 1.0
-
-
-RopeScaling = LinearScaling | DynamicNtk | Yarn | Llama3Scaling | LongRope | Proportional
-
-
-@dc.dataclass(frozen=True)
-class Rope:
-    """Rotary positions (Su et al. 2021) on the first `fraction` of each head; pairs are (i, i + d/2), or neighbours when `interleaved`."""
-    theta: float = 10_000.0
-    fraction: float = 1.0
-    interleaved: bool = False
-    scaling: RopeScaling | None = None
-    reverse: bool = False              # turned by minus the angle (nanochat)
-
-
-@dc.dataclass(frozen=True)
 class QKNorm:
     """A norm on queries and keys: over a head with the scales shared by all heads ("head") or its own ("each"), or over all heads at once ("full")."""
     norm: Norm = Norm()
@@ -102,47 +34,11 @@ class QKNorm:
 
 
 @dc.dataclass(frozen=True)
-class Alibi:
-    """Scores fall by slope × distance instead of rotary positions (Press et al. 2021, arXiv:2108.12409); head i of a power of two of heads n has slope 2 ** (-max_bias · i / n)."""
-    max_bias: float = 8.0
-    scale: float = 1.0                 # on all slopes
-    rounded: bool = False              # slopes rounded to bfloat16 (Falcon)
-
-
-@dc.dataclass(frozen=True)
 class Temperature:
     """Queries times 1 + beta · log(1 + floor((position + offset) / length)): attention stays sharp over long texts (Nakanishi 2025, arXiv:2501.19399; Llama 4, Ministral 3)."""
     beta: float
     length: float
     offset: int = 0
-
-
-@dc.dataclass(frozen=True)
-class RelativeBuckets:
-    """One learned number per head and bucket of key position - query position, added to the scores; one table for all layers of a stack (T5; Raffel et al. 2020, section 2.1).
-    Near distances have a bucket each, far ones share logarithmically; where attention is not causal, half of the buckets look ahead."""
-    buckets: int = 32
-    max_distance: int = 128
-
-
-@dc.dataclass(frozen=True)
-class Disentangled:
-    """DeBERTa's attention (He et al. 2021, eq. 4): content to position and position to content beside content to content, all over sqrt(head_dim × number of terms).
-    2 × `span` learned rows stand for the distances, near ones a row each; from span / 2 on they share logarithmically up to `max_distance` where `logarithmic`."""
-    span: int
-    max_distance: int
-    logarithmic: bool = True
-    content_to_position: bool = True
-    position_to_content: bool = True
-    shared: bool = True                # the rows pass through the layer's own query and key projections
-    norm: bool = True                  # a norm on the rows
-
-    @property
-    def terms(self) -> int:
-        return 1 + self.content_to_position + self.position_to_content
-
-
-Relative = RelativeBuckets | Disentangled
 
 
 @dc.dataclass(frozen=True)
@@ -419,12 +315,31 @@ def check_layer(layer: Layer, where: str) -> None:
         for name, factors in (("short", rope.scaling.short), ("long", rope.scaling.long)):
             if len(factors) != int(size * rope.fraction) // 2:
                 raise ConfigError(f"{where}: LongRope has {len(factors)} {name} factors, the {int(size * rope.fraction)} rotated dimensions need {int(size * rope.fraction) // 2}")
-    if isinstance(mixer, Attention) and mixer.chunked and not mixer.window:
-        raise ConfigError(f"{where}: chunked attention needs a window, the length of a chunk")
-    if isinstance(mixer, Attention) and mixer.globals is not None and (mixer.globals < 1 or mixer.window is None or mixer.sinks):
-        raise ConfigError(f"{where}: globals={mixer.globals} with window={mixer.window}, sinks={mixer.sinks}: global tokens go with a window, without sinks, and there is at least one")
+    if isinstance(mixer, Attention):
+        check_attention(mixer, where)
+    if layer.cross:
+        check_cross(layer.cross, where)
     if isinstance(layer.ffn, MixtureOfExperts):
         check_experts(layer.ffn, where)
+
+
+def check_attention(mixer: Attention, where: str) -> None:
+    if mixer.chunked and not mixer.window:
+        raise ConfigError(f"{where}: chunked attention needs a window, the length of a chunk")
+    if mixer.globals is not None and (mixer.globals < 1 or mixer.window is None):
+        raise ConfigError(f"{where}: globals={mixer.globals} with window={mixer.window}: global tokens go with a window, and there is at least one")
+    for one, others in (("globals", ("sinks", "alibi", "relative", "chunked")), ("alibi", ("rope", "softcap", "relative")), ("borrows", ("relative",))):
+        beside = next((name for name in others if getattr(mixer, one) and getattr(mixer, name)), None)
+        if beside:
+            raise ConfigError(f"{where}: {one}={getattr(mixer, one)} and {beside}={getattr(mixer, beside)} cannot go together")
+
+
+def check_cross(mixer: Attention, where: str) -> None:
+    """Cross-attention knows heads, biases and a scale; raises ConfigError for anything else."""
+    plain = Attention(mixer.heads, mixer.kv_heads, mixer.head_dim, None, causal=mixer.causal, qkv_bias=mixer.qkv_bias, out_bias=mixer.out_bias, scale=mixer.scale)
+    other = next((f.name for f in dc.fields(Attention) if getattr(mixer, f.name) != getattr(plain, f.name)), None)
+    if other:
+        raise ConfigError(f"{where}: cross-attention has no {other}; it is {getattr(mixer, other)!r}")
 
 
 def check_experts(ffn: MixtureOfExperts, where: str) -> None:

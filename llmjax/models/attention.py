@@ -16,7 +16,8 @@ import numpy as np
 
 from llmjax.core import Compute, Layout, constrain, dot, dots, platform
 from llmjax.core.mesh import mesh_axes
-from llmjax.core.model_config import MAX_CHUNKS, Alibi, Attention, Disentangled, LatentAttention, Norm, RelativeBuckets, Temperature
+from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
+from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
 from llmjax.models.cache import KeyValue, Plan, remember
 from llmjax.models.context import Context, Seen

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llmjax.core.errors import ConfigError
-from llmjax.core.model_config import ModelConfig, Recurrent, Rope, rotation
+from llmjax.core.model_config import ModelConfig, Recurrent, rotation
+from llmjax.core.positions import Rope
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
 from llmjax.models.relative import Distances

@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llmjax.core import take
-from llmjax.core.model_config import Disentangled, RelativeBuckets
+from llmjax.core.positions import Disentangled, RelativeBuckets
 
 
 @register_dataclass

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
+from llmjax.core.positions import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
 
 
 def rotary_dims(rope: Rope, head_dim: int) -> int:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dot, platform, take
 from llmjax.core.errors import ConfigError
-from llmjax.core.model_config import Disentangled, ModelConfig, RelativeBuckets, unrolled
+from llmjax.core.model_config import ModelConfig, unrolled
+from llmjax.core.positions import Disentangled, RelativeBuckets
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle

@@ -10,26 +10,8 @@ from llmjax import models
 from llmjax.checkpoint import FAMILIES, PUBLISHED, exports, folder, load, published, to_hf, to_model_config
 from llmjax.checkpoint.families.base import plain
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import (
-    Attention,
-    DynamicNtk,
-    Layer,
-    LinearScaling,
-    Llama3Scaling,
-    MaskedHead,
-    MixtureOfExperts,
-    Mlp,
-    ModelConfig,
-    NoHead,
-    Norm,
-    QKNorm,
-    ReplacedHead,
-    Rope,
-    TokenHead,
-    Transform,
-    Yarn,
-    unrolled,
-)
+from llmjax.core.model_config import Attention, Layer, MaskedHead, MixtureOfExperts, Mlp, ModelConfig, NoHead, Norm, QKNorm, ReplacedHead, TokenHead, Transform, unrolled
+from llmjax.core.positions import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
 from llmjax.core.tree import size
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6,

@@ -13,7 +13,7 @@ import pytest
 from llmjax import convert, models, pretrained, tokenizers
 from llmjax.checkpoint import gguf_file, gguf_models, gguf_write, table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import DynamicNtk, Llama3Scaling, Rope
+from llmjax.core.positions import DynamicNtk, Llama3Scaling, Rope
 from llmjax.core.tree import flatten
 
 gguf = pytest.importorskip("gguf")

@@ -14,7 +14,8 @@ import pytest
 from llmjax import convert, decode, models, pretrained, tokenizers
 from llmjax.checkpoint import gguf_file, gguf_models, gguf_write
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import MaskedHead, NoHead, RelativeBuckets
+from llmjax.core.model_config import MaskedHead, NoHead
+from llmjax.core.positions import RelativeBuckets
 from llmjax.core.tree import flatten
 from llmjax.models import feed_forward
 

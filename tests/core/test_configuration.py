@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llmjax.core import AdamW, Attention, ConfigError, Layer, Layout, Lion, Mlp, ModelConfig, ShardingError, explain_sharding, find_cycle, make_mesh, shardings, unrolled
+from llmjax.core import AdamW, Attention, ConfigError, Layer, Layout, Lion, MixtureOfExperts, Mlp, ModelConfig, Rope, ShardingError, explain_sharding, find_cycle, make_mesh, shardings, unrolled
 from llmjax.core.labels import parse
 from llmjax.core.mesh import RULES, batch_parts, batch_sharding, constrain, partition
+from llmjax.core.model_config import Groups
 from llmjax.core.override import call_typed, from_json, override, to_json
+from llmjax.core.positions import Alibi, LongRope
 from llmjax.core.tree import flatten, merge, split, unflatten
 
 LAYER = Layer(Attention(4, 2, 8), Mlp(16))
@@ -111,8 +113,8 @@ def test_rules_lay_arrays():
     assert partition(("vocab", "embed"), (8, 8), mesh, (("vocab", ("tensor", "fsdp")), *RULES), "w") == P(("tensor", "fsdp"))
     with pytest.raises(ShardingError, match=r"mixer/k: dimension 1 \(kv_heads, length 3\) does not divide over tensor=2.*\('kv_heads', None\)"):
         partition(("embed", "kv_heads"), (8, 3), mesh, RULES, "mixer/k")
-    with pytest.raises(ShardingError, match="no rule lays the axis 'width'"):
-        partition(("width",), (8,), mesh, RULES, "w")
+    with pytest.raises(ShardingError, match="no rule lays the axis 'breadth'"):
+        partition(("breadth",), (8,), mesh, RULES, "w")
     labels, shapes = {"w": parse("embed -> mlp"), "s": parse("norm")}, {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32), "s": jax.ShapeDtypeStruct((8,), jnp.float32)}
     with pytest.raises(ShardingError, match="layout.expert=2: no weight"):
         shardings(labels, shapes, mesh)
@@ -132,3 +134,27 @@ def test_batches_and_constraints():
         y = jax.jit(lambda x: constrain(x, "batch length mlp"))(x)
     assert y.sharding.spec == P(("data", "fsdp"), None, "tensor")
     np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (dict(chunked=True), "chunked attention needs a window"), (dict(window=4, globals=2, sinks=True), "globals=2 and sinks=True cannot go together"),
+    (dict(window=4, globals=2, chunked=True), "globals=2 and chunked=True"), (dict(alibi=Alibi()), r"alibi=Alibi\(.*\) and rope=Rope\(.*\) cannot go together"),
+    (dict(rope=None, alibi=Alibi(), softcap=3.0), "and softcap=3.0 cannot go together"), (dict(rope=Rope(scaling=LongRope((1.0,), (2.0,), 16))), "LongRope has 1 short factors, .* need 4"),
+])
+def test_attention_that_cannot_be(change, words):
+    with pytest.raises(ConfigError, match="layer 0: .*" + words):
+        ModelConfig(32, 16, prefix=(dc.replace(LAYER, mixer=dc.replace(LAYER.mixer, **change)),))
+
+
+@pytest.mark.parametrize(("change", "words"), [(dict(), "cross-attention has no rope"), (dict(rope=None, window=5), "cross-attention has no window; it is 5")])
+def test_cross_attention_is_plain(change, words):
+    cross = dc.replace(LAYER.mixer, causal=False, **change)
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(32, 16, prefix=(dc.replace(LAYER, cross=cross),), encoder=MODEL)
+
+
+@pytest.mark.parametrize(("change", "words"), [(dict(top_k=5), "top_k=5 must lie between 1 and experts=4"), (dict(groups=Groups(3, 1)), "4 experts do not divide into 3 groups"),
+                                               (dict(top_k=3, groups=Groups(2, 1)), "of which 1 hold the 3 chosen ones")])
+def test_experts_that_cannot_be(change, words):
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(32, 16, prefix=(dc.replace(LAYER, ffn=MixtureOfExperts(**(dict(experts=4, top_k=2, hidden=8) | change))),))

@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.core import Attention, Compute, Layer, LayerInputs, Mlp, ModelConfig, Norm, QKNorm, Rope
 from llmjax.core.errors import ConfigError
-from llmjax.core.model_config import Proportional
+from llmjax.core.positions import Proportional
 from llmjax.decode import prepare
 from llmjax.models import Decoder, init_cache, init_params
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llmjax.core import Attention, CheckpointError, Compute, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, unrolled
-from llmjax.core.model_config import Alibi, Groups, LatentAttention, Temperature, Yarn
+from llmjax.core.model_config import Groups, LatentAttention, Temperature
+from llmjax.core.positions import Alibi, Yarn
 from llmjax.core.tree import flatten, map_named
 from llmjax.decode import prepare, stack, unstack
 from llmjax.models import Decoder, abstract_params, init_cache, init_params, labels

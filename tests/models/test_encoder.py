@@ -12,7 +12,8 @@ from llmjax import models, pretrained
 from llmjax.checkpoint import exports
 from llmjax.checkpoint.families import table_of
 from llmjax.core import Compute, ConfigError
-from llmjax.core.model_config import Disentangled, Layer, RelativeBuckets
+from llmjax.core.model_config import Layer
+from llmjax.core.positions import Disentangled, RelativeBuckets
 from llmjax.models import relative
 
 torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.core.model_config import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
+from llmjax.core.positions import DynamicNtk, LinearScaling, Llama3Scaling, Rope, Yarn
 from llmjax.models import rope as ours
 
 CASES = {

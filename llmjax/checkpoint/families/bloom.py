@@ -4,7 +4,8 @@ from typing import Any
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
-from llmjax.core.model_config import Alibi, Attention, Layer, Mlp, ModelConfig, Norm
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
+from llmjax.core.positions import Alibi
 
 H = "transformer.h.{l}."
 QKV = ("mixer/q", "mixer/k", "mixer/v")

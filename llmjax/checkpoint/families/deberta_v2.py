@@ -6,7 +6,8 @@ from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Activation, Attention, ClassifierHead, Disentangled, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
+from llmjax.core.model_config import Activation, Attention, ClassifierHead, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
+from llmjax.core.positions import Disentangled
 
 L, R = "deberta.encoder.layer.{l}.attention.self.", "deberta.encoder."
 SCORES = (*encoders.dense("pooler.dense", "classifier/dense"), *encoders.dense("classifier", "classifier/out"), *encoders.SCORES)

@@ -8,7 +8,8 @@ from llmjax.checkpoint.families import base
 from llmjax.checkpoint.families.qwen3_moe import EXPERTS, M
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.checkpoint.table import Row, Table
-from llmjax.core.model_config import Groups, LatentAttention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, Rope, Yarn
+from llmjax.core.model_config import Groups, LatentAttention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm
+from llmjax.core.positions import Rope, Yarn
 
 A = base.L + "self_attn."
 LATENT = (

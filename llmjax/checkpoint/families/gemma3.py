@@ -9,7 +9,8 @@ from typing import Any
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.families.gemma2 import write_gemma
 from llmjax.checkpoint.fields import Fields, read_rope, write_rope
-from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, QKNorm, Rope
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, QKNorm
+from llmjax.core.positions import Rope
 
 
 def read(f: Fields) -> ModelConfig:

@@ -11,7 +11,8 @@ from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields, read_rope, write_rope
 from llmjax.checkpoint.table import Row
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, LayerInputs, Mlp, ModelConfig, Norm, Proportional, QKNorm, Rope
+from llmjax.core.model_config import Attention, Layer, LayerInputs, Mlp, ModelConfig, Norm, QKNorm
+from llmjax.core.positions import Proportional, Rope
 
 NEAR, FAR = "sliding_attention", "full_attention"
 

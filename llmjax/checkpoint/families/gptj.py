@@ -3,7 +3,8 @@ from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, Rope
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
+from llmjax.core.positions import Rope
 
 H = "transformer.h.{l}."
 TABLE = Table((

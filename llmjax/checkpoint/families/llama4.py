@@ -10,7 +10,8 @@ from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.checkpoint.table import Row
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope, Temperature
+from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Temperature
+from llmjax.core.positions import Rope
 
 M = base.L + "feed_forward."
 EXPERTS = (Row(M + "router.weight", "ffn/router", "e d -> d e"), Row(M + "experts.gate_up_proj", ("ffn/gate", "ffn/up"), "e d [f] -> e d f"),

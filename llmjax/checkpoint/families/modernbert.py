@@ -6,7 +6,8 @@ from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import SPELLINGS, Fields, read_rope, write_rope
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, ClassifierHead, Layer, MaskedHead, Mlp, ModelConfig, NoHead, Norm, Rope, SpanHead, TokenHead, Transform
+from llmjax.core.model_config import Attention, ClassifierHead, Layer, MaskedHead, Mlp, ModelConfig, NoHead, Norm, SpanHead, TokenHead, Transform
+from llmjax.core.positions import Rope
 
 L = "model.layers.{l}."
 QKV, GATED = ("mixer/q", "mixer/k", "mixer/v"), ("ffn/gate", "ffn/up")

@@ -11,7 +11,8 @@ from llmjax.checkpoint.families.qwen3_moe import EXPERTS, experts_of, sparse, wr
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.checkpoint.table import Row
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, FeedForward, GatedDelta, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, Rope
+from llmjax.core.model_config import Attention, FeedForward, GatedDelta, Layer, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm
+from llmjax.core.positions import Rope
 
 D = base.L + "linear_attn."
 GATED = (Row(base.L + "self_attn.q_proj.weight", ("mixer/q", "mixer/gate"), "(n [h]) d -> d n h"),

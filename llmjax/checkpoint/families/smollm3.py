@@ -4,7 +4,8 @@ from dataclasses import replace
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields, both_ropes, read_rope
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm, Rope
+from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
+from llmjax.core.positions import Rope
 
 
 def read(f: Fields) -> ModelConfig:

@@ -6,7 +6,8 @@ from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import ACTIVATIONS, SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError, nearest
-from llmjax.core.model_config import Attention, LanguageHead, Layer, Mlp, ModelConfig, NoHead, Norm, RelativeBuckets
+from llmjax.core.model_config import Attention, LanguageHead, Layer, Mlp, ModelConfig, NoHead, Norm
+from llmjax.core.positions import RelativeBuckets
 
 
 def stack(side: str, last: int, ours: str = "") -> tuple[Row, ...]:
