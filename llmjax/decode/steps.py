@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llmjax.decode.sampling import Sampling, sample
-from llmjax.models import Cache, Decoder, State, grow_cache
+from llmjax.models import Cache, Decoder, State, grow_cache, jit_by_model
 from llmjax.models import init_cache as empty_cache
 
 
@@ -22,7 +22,7 @@ def init_cache(model: Decoder, batch_size: int, length: int, dtype: Any = None) 
     return empty_cache(model.config, batch_size, length, jnp.dtype(dtype or model.compute.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@jit_by_model(donate_argnames="cache")
 def prefill(model: Decoder, params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache,
             source: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, Cache]:
     """A prompt, or a further piece of one: tokens, positions, segments [B, T] (segment 0 is padding, on either side) -> (logits [B, V] after each row's last token, cache).
@@ -40,7 +40,7 @@ def forward_one(model: Decoder, params: Any, tokens: jax.Array, positions: jax.A
     return logits[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@jit_by_model(donate_argnames="cache")
 def decode_step(model: Decoder, params: Any, tokens: jax.Array, positions: jax.Array, active: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """One token per row: tokens, positions [B] int32, active [B] bool (a row that is not writes nothing) -> (logits [B, V] float32, cache)."""
     return forward_one(model, params, tokens, positions, active, cache)
@@ -81,7 +81,7 @@ def begin(logits: jax.Array, cache: Cache, lengths: jax.Array, limits: jax.Array
     return draw(state, logits, sampling, end_tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+@jit_by_model(donate_argnames="state")
 def loop(model: Decoder, params: Any, state: Decoding, sampling: Sampling, end_tokens: jax.Array, until: jax.Array) -> Decoding:
     """Feeds and draws until every row is done or `until` draws were made in all: one program, no host between tokens. end_tokens [E] int32 (E may be 0)."""
     def going(s: Decoding):
@@ -107,7 +107,7 @@ def can_rewind(cache: Cache) -> bool:
     return len(cache.slots) == 1 and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@jit_by_model(static_argnums=1)
 def grow(model: Decoder, cache: Cache, length: int) -> Cache:
     """The same cache with room for `length` positions."""
     return grow_cache(model.config, cache, length)

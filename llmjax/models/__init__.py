@@ -4,6 +4,6 @@ from llmjax.models.cache import Cache, KeyValue, Slots, State, grow_cache, init_
 from llmjax.models.decoder import Decoder
 from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_decoder import EncoderDecoder
-from llmjax.models.module import abstract_params, init_params, labels
+from llmjax.models.module import abstract_params, init_params, jit_by_model, labels
 
-__all__ = ["Cache", "Decoder", "Encoder", "EncoderDecoder", "KeyValue", "Slots", "State", "abstract_params", "build", "grow_cache", "init_cache", "init_params", "labels"]
+__all__ = ["Cache", "Decoder", "Encoder", "EncoderDecoder", "KeyValue", "Slots", "State", "abstract_params", "build", "grow_cache", "init_cache", "init_params", "jit_by_model", "labels"]

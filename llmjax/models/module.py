@@ -8,6 +8,7 @@ import dataclasses as dc
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -142,7 +143,22 @@ def init_params(model: Module, key: jax.Array, shardings: Any = None) -> Any:
     return jax.tree_util.tree_map_with_path(one, boxed_params(model), *([] if shardings is None else [shardings]), is_leaf=is_labeled)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def jit_by_model(**options: Any) -> Callable[[Callable], Callable]:
+    """jax.jit for a function whose first argument is a module. The programs of the last 16 modules are kept: each program holds some hundred memory maps, of which a Linux process may
+    have 65,530, and jax itself would keep all of them for good. options: jax.jit's."""
+    def wrap(function: Callable) -> Callable:
+        @functools.lru_cache(maxsize=16)
+        def program(model: Module) -> Callable:
+            return jax.jit(functools.partial(function, model), **options)
+
+        @functools.wraps(function)
+        def call(model: Module, *args: Any, **kwargs: Any) -> Any:
+            return program(model)(*args, **kwargs)
+        return call
+    return wrap
+
+
+@jit_by_model(static_argnums=(0, 1))
 def compiled(module: Module, method: Any, mutable: Any, variables: Any, args: tuple, kwargs: dict) -> Any:
     return nn.Module.apply(module, variables, *args, method=method, mutable=mutable, **kwargs)
 

@@ -187,7 +187,7 @@ def test_what_users_get_wrong(made):
         model.apply({"params": params}, jnp.ones((1, 4), jnp.int32))
     with pytest.raises(ConfigError, match="names no decoder_start_token_id"):
         llmjax.generate(dc.replace(model, config=dc.replace(model.config, decoder_start=None)), params, None, [[3, 4]])
-    attention = Attention(2, 2, 8)
+    attention = Attention(2, 2, 8, None)
     with pytest.raises(ConfigError, match="cross-attention looks at an encoder, and the model has none"):
         ModelConfig(61, 16, (Layer(attention, Mlp(16), cross=attention),), 2)
     with pytest.raises(ConfigError, match="wiring 'parallel' has no place for cross-attention"):
