@@ -5,7 +5,8 @@
 
 The figure is the greatest difference of the logits over their standard deviation, float32 on both sides.
 """
-import importlib.util
+import argparse
+import importlib
 import json
 import pathlib
 import platform
@@ -25,10 +26,8 @@ PROOF = {"grok1": "its published code written out in numpy (tests/checkpoint/tes
 
 def cases() -> Any:
     """The module of the tests that makes tiny checkpoints."""
-    spec = importlib.util.spec_from_file_location("test_pretrained", ROOT / "tests" / "test_pretrained.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "tests"))
+    return importlib.import_module("test_pretrained")
 
 
 def measure() -> dict[str, float]:
@@ -93,9 +92,9 @@ def document(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return f"""# Families
 
-Read from and written to the Hugging Face layout (safetensors; GPTQ, AWQ, FP8 and MXFP4 folders are read, dequantised), trained, and where they are decoders or encoder-decoders decoded
-with a cache. Parameters are counted by shape, without loading anything. The last column is the greatest difference of the logits over their standard deviation, float32 on both sides, on
-a tiny random checkpoint written by transformers ({versions}).
+Read from and written to the Hugging Face layout (safetensors; GPTQ, AWQ, FP8 and MXFP4 folders are read, dequantised). Decoders are trained by `llmjax train`, the others in a loop of
+one's own; decoders and encoder-decoders are decoded with a cache. Parameters are counted by shape, without loading anything. The last column is the greatest difference of the logits
+over their standard deviation, float32 on both sides, on a tiny random checkpoint written by transformers ({versions}).
 
 This file is written by `python benchmarks/families.py`.
 
@@ -104,7 +103,9 @@ This file is written by `python benchmarks/families.py`.
 
 
 def main() -> int:
-    if "--table" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/families.md from the figures that are kept")
+    if not parser.parse_args().table:
         common.RESULTS.mkdir(exist_ok=True)
         found = {"differences": measure(), "hardware": common.hardware(), "versions": {"python": platform.python_version(), **{p: version(p) for p in ("jax", "torch", "transformers")}}}
         KEPT.write_text(json.dumps(found, indent=1) + "\n")

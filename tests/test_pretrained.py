@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import perturbed
 
 from llmjax import models, pretrained, tokenizers
 from llmjax.checkpoint import fetch
@@ -108,13 +109,7 @@ def theirs(name):
     text = {"gemma3": "Gemma3TextConfig", "gemma4": "Gemma4TextConfig", "llama4": "Llama4TextConfig", "qwen3_5": "Qwen3_5TextConfig", "qwen3_5_moe": "Qwen3_5MoeTextConfig"}
     config = getattr(transformers, text.get(name, prefix + "Config"))(**fields)
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + CLASSES.get(name, "ForCausalLM"))(config).eval().float()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
+    return perturbed(getattr(transformers, prefix + CLASSES.get(name, "ForCausalLM"))(config))
 
 
 def answer(model, tokens=TOKENS):

@@ -5,10 +5,9 @@ Both spellings of transformers are read: version 4 (`rope_theta`, `rope_scaling`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llmjax.checkpoint.quantized import scheme_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.positions import DynamicNtk, LinearScaling, Llama3Scaling, LongRope, Proportional, Rope, Yarn
 
@@ -87,6 +86,14 @@ class Fields:
             raise CheckpointError(f"{self.where}: {name}={value!r} is an activation this version does not know" + nearest(str(value), ACTIVATIONS))
         return ACTIVATIONS[value]
 
+    def choice(self, name: str, allowed: Sequence[Any], default: Any = NONE) -> Any:
+        """One of a few values; `default` where it is absent or null. Raises CheckpointError naming them for another."""
+        value = self.value(name, default)
+        value = default if value is None and default is not NONE else value
+        if not any(value == x and type(value) is type(x) for x in allowed):
+            raise CheckpointError(f"{self.where}: {name}={str(value)[:60]!r} is not read ({', '.join(map(str, allowed))} {'are' if len(allowed) > 1 else 'is'})")
+        return value
+
     def ids(self, name: str) -> tuple[int, ...]:
         """Token ids: a number, a list or null; negative ones mean none."""
         value = self.value(name, None)
@@ -107,8 +114,6 @@ class Fields:
 
     def finish(self, harmless: Iterable[str] = HARMLESS) -> None:
         """Raises CheckpointError for a field that nobody asked for and that is on."""
-        self.asked.add("quantization_config")
-        scheme_of(self.values.get("quantization_config"), self.where)
         for name, value in self.values.items():
             if name not in self.asked and name not in harmless and value not in (None, False, [], {}, ""):
                 raise CheckpointError(f"{self.where}: {name}={str(value)[:60]!r} is a field this version does not know, and it may change the answer; remove it if it does not")

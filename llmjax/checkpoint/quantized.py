@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import dataclasses as dc
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Source
 from llmjax.core.errors import CheckpointError
 
 # Settings of the quantiser, of its runtime, or lists of modules (which the tensors' names tell): they do not change what the stored numbers mean.
 WHILE_QUANTISING = frozenset("""
-    quant_method damp_percent damp_auto_increment true_sequential static_groups sym desc_act model_name_or_path model_file_base_name tokenizer dataset batch_size pad_token_id
-    model_seqlen max_input_length cache_block_outputs block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize use_exllama exllama_config disable_exllama
-    use_cuda_fp16 backend meta mse act_group_aware version format checkpoint_format modules_to_not_convert ignored_layers zero_point do_fuse fuse_max_seq_len modules_to_fuse
-    activation_scheme fmt scale_fmt dequantize group_size bits q_group_size w_bit weight_block_size pack_dtype lm_head
+    damp_percent damp_auto_increment true_sequential static_groups sym model_name_or_path model_file_base_name tokenizer dataset batch_size pad_token_id model_seqlen max_input_length
+    cache_block_outputs block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize use_exllama exllama_config disable_exllama use_cuda_fp16 backend meta mse
+    act_group_aware version modules_to_not_convert ignored_layers do_fuse fuse_max_seq_len modules_to_fuse activation_scheme dequantize lm_head
 """.split())  # noqa: SIM905
 WORD = 32
 
@@ -155,48 +155,51 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return ((low >> shift | np.where(crosses, high, np.uint32(0))) & np.uint32(2 ** bits - 1)).astype(np.uint8)
 
 
+def read_gptq(f: Fields) -> Gptq:
+    f.choice("pack_dtype", ["int32"], "int32")
+    f.ignore("checkpoint_format", "format")                       # two names of one setting; files older than both are of version 1
+    version = f.choice("format" if f.value("checkpoint_format", None) is None else "checkpoint_format", ["gptq", "gptq_v2"], "gptq")
+    return Gptq(f.choice("bits", [2, 3, 4, 8]), read_group(f, "group_size"), 0 if version == "gptq_v2" else 1, f.flag("desc_act"))
+
+
+def read_awq(f: Fields) -> Awq:
+    older = "w_bit" in f.values                                   # AutoAWQ's own names, before transformers'
+    f.choice("w_bit" if older else "bits", [4])
+    f.choice("zero_point", [True], True)
+    f.choice("format" if f.value("version", None) is None else "version", ["gemm", "GEMM"], "gemm")
+    return Awq(read_group(f, "q_group_size" if older else "group_size"))
+
+
+def read_fp8(f: Fields) -> Fp8:
+    f.choice("fmt", ["e4m3"], "e4m3")
+    f.choice("scale_fmt", ["float", "ue8m0"], "float")            # ue8m0: powers of two, kept as float32 all the same
+    block = f.value("weight_block_size", [128, 128])
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise CheckpointError(f"{f.where}: weight_block_size={block!r} is not read (two whole numbers are)")
+    return Fp8((block[0], block[1]))
+
+
+def read_group(f: Fields, name: str) -> int | None:
+    """How many inputs share a scale; None: all."""
+    return None if f.value(name) == -1 else f.count(name)
+
+
+SCHEMES: dict[str, Callable[[Fields], Scheme]] = {"gptq": read_gptq, "awq": read_awq, "fp8": read_fp8, "mxfp4": lambda f: Mxfp4()}
+
+
 def scheme_of(config: Any, where: str) -> Scheme | None:
     """What a config.json's quantization_config says (None: nothing). Raises CheckpointError for kinds and settings that are not read, naming them."""
     if not config:
         return None
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: quantization_config={str(config)[:60]!r}: an object is expected")
-    kind, way = str(config.get("quant_method", "?")).lower(), "take the unquantised checkpoint or a GGUF file"
-
-    def only(name: str, *allowed: Any) -> Any:
-        value = config.get(name, allowed[0])
-        if value not in allowed:
-            raise CheckpointError(f"{where}: quantization_config: {name}={str(value)[:60]!r} is not read with {kind} ({', '.join(map(str, allowed))} is); {way}")
-        return value
-
-    def group(name: str) -> int | None:
-        value = config.get(name, 128)
-        if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-            raise CheckpointError(f"{where}: quantization_config: {name}={value!r}: a whole number from 1, or -1 for one group, is expected")
-        return None if value == -1 else value
-    for name, value in config.items():
-        if name not in WHILE_QUANTISING and value not in (None, False, [], {}, ""):
-            raise CheckpointError(f"{where}: quantization_config: {name}={str(value)[:60]!r} is a setting this version does not know, and it may change the weights; {way}")
-    if kind == "gptq":
-        form = "checkpoint_format" if config.get("checkpoint_format") is not None else "format"
-        only("pack_dtype", "int32")
-        return Gptq(only("bits", 4, 2, 3, 8), group("group_size"), 0 if only(form, "gptq", "gptq_v2") == "gptq_v2" else 1, bool(config.get("desc_act")))
-    if kind == "awq":
-        only("bits" if "bits" in config else "w_bit", 4)
-        only("zero_point", True)
-        version = "version" if config.get("version") is not None else "format"
-        if str(only(version, "gemm", "GEMM")).lower() == "gemm":
-            return Awq(group("group_size" if "group_size" in config else "q_group_size"))
-    if kind == "fp8":
-        only("fmt", "e4m3")
-        only("scale_fmt", "float", "ue8m0", None)                 # ue8m0: powers of two, kept as float32 all the same
-        block = config.get("weight_block_size", (128, 128))
-        if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-            raise CheckpointError(f"{where}: quantization_config: weight_block_size={block!r} is not read with fp8 (two whole numbers are); {way}")
-        return Fp8((block[0], block[1]))
-    if kind == "mxfp4":
-        return Mxfp4()
-    raise CheckpointError(f"{where}: the weights are quantised ({kind}), which this version does not read; gptq, awq, fp8 and mxfp4 are. Otherwise {way}")
+    f = Fields(config, f"{where}: quantization_config")
+    kind = f.value("quant_method", None)
+    if kind not in SCHEMES:
+        raise CheckpointError(f"{where}: the weights are quantised ({kind}), which this version does not read; {', '.join(SCHEMES)} are. Otherwise take the unquantised checkpoint or a GGUF file")
+    scheme = SCHEMES[kind](f)
+    f.finish(WHILE_QUANTISING)
+    return scheme
 
 
 class Dequantized:

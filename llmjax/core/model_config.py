@@ -85,6 +85,7 @@ class LatentAttention:
     norm: Norm = Norm()                # of the latents
     window: int | None = None
     causal: bool = True
+    softcap, chunked, globals = None, False, None          # of other attention; no fields
 
     @property
     def head_dim(self) -> int:

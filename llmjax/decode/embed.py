@@ -4,7 +4,6 @@ Legend: B texts, T length, D embed.
 """
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -14,13 +13,13 @@ import numpy as np
 
 from llmjax.core.errors import ConfigError, nearest
 from llmjax.decode.generate import Prompt, bucket, padded
-from llmjax.models import EncoderDecoder
+from llmjax.models import EncoderDecoder, jit_by_model
 from llmjax.models.heads import first, mean
 
 Pooling = Literal["mean", "cls"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@jit_by_model(static_argnums=(3, 4))
 def pooled(model: Any, params: Any, tokens: jax.Array, segments: jax.Array, pooling: Pooling, normalize: bool) -> jax.Array:
     """tokens, segments [B, T] int32 -> [B, D] float32."""
     if isinstance(model, EncoderDecoder):

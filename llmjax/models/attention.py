@@ -51,8 +51,8 @@ class MultiHeadAttention(Module):
             bias = self.position_bias(q, k, context)
             seen, stored = look(k, v, context, stored, None if a.globals else a.window)
         with jax.named_scope("attend"):
-            y = attend(q, seen, context, a, scale=self.scale(), softcap=a.softcap, chunked=a.chunked, globals=a.globals, sinks=sinks, bias=bias,
-                       slopes=None if a.alibi is None else slopes(a.alibi, a.heads), compute=self.compute, layout=self.layout)
+            y = attend(q, seen, context, a, scale=self.scale(), sinks=sinks, bias=bias, slopes=None if a.alibi is None else slopes(a.alibi, a.heads),
+                       compute=self.compute, layout=self.layout)
         if a.gate:
             y = y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype)
         y = self.output(y, x.shape[-1])
@@ -154,22 +154,21 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, 
     return Seen(keys, values, positions, known, False), stored
 
 
-def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout, softcap: float | None = None,
-           chunked: bool = False, globals: int | None = None, sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout,
+           sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
-    segments = context.segments
+    segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
     where: dict[str, Any] = dict(query_positions=context.reach(q.shape[1]), query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
-    if chunked:
+    if spec.chunked:
         assert spec.window
         for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
             where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
-    if globals is not None:
-        assert spec.window
-        return kernels.sparse(q, seen.k, seen.v, **where, globals=globals, causal=spec.causal, in_order=seen.in_order and context.prefix is None, window=spec.window, softcap=softcap,
-                              scale=scale)
-    settings: dict[str, Any] = dict(causal=spec.causal, in_order=seen.in_order and context.prefix is None, window=spec.window, softcap=softcap, sinks=sinks, slopes=slopes)
+    settings: dict[str, Any] = dict(causal=spec.causal, in_order=in_order, window=spec.window, softcap=spec.softcap)
+    if spec.globals is not None:
+        return kernels.sparse(q, seen.k, seen.v, **where, **settings, globals=spec.globals, scale=scale)
+    settings |= dict(sinks=sinks, slopes=slopes)
     name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
     tell(name, reason)
     implementation = kernels.IMPLEMENTATIONS[name]

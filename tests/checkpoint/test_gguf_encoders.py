@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import free_port
 
 from llmjax import convert, decode, models, pretrained, tokenizers
 from llmjax.checkpoint import gguf_file, gguf_models, gguf_write
@@ -241,7 +242,7 @@ def test_llama_cpp_reads_bert(scale, tmp_path, monkeypatch):
     words.save(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "m.gguf", to="gguf", dtype="float32", progress=False)
     model, params, read = pretrained.load(tmp_path / "m.gguf", dtype="float32")
-    found, ids = asked(SERVER, tmp_path / "m.gguf", 18900 + int(100 * scale), json.dumps(TOKENS.tolist()), json.dumps(TEXTS))
+    found, ids = asked(SERVER, tmp_path / "m.gguf", free_port(), json.dumps(TOKENS.tolist()), json.dumps(TEXTS))
     want = np.asarray(found)
     got = decode.embed(with_their_gelu(model, monkeypatch), params, None, TOKENS.tolist(), normalize=False)
     assert far(got, want) < 1e-3

@@ -194,11 +194,14 @@ def test_biases_of_zeros_are_passed_over(plain, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
-    ("gptq", {"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\), which this version does not read; gptq, awq, fp8 and mxfp4 are"),
-    ("gptq", {"bits": 5}, "bits='5' is not read with gptq"), ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not read"),
-    ("gptq", {"dynamic": {"-:.*": {}}}, "dynamic=.*is a setting this version does not know"), ("awq", {"version": "gemv"}, "version='gemv' is not read with awq"),
+    ("gptq", {"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\), which this version does not read; gptq, awq, fp8, mxfp4 are"),
+    ("gptq", {"bits": 5}, r"bits='5' is not read \(2, 3, 4, 8 are\)"), ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not read"),
+    ("gptq", {"dynamic": {"-:.*": {}}}, "dynamic=.*is a field this version does not know"), ("awq", {"version": "gemv"}, "version='gemv' is not read"),
     ("awq", {"zero_point": False}, "zero_point='False' is not read"), ("fp8", {"fmt": "e5m2"}, "fmt='e5m2' is not read"),
-    ("fp8", {"weight_block_size": None}, "weight_block_size=None is not read"), ("gptq", {"group_size": 16}, r"scales' has shape .*it would be \(12, 64\)"),
+    ("fp8", {"weight_block_size": None}, "weight_block_size=None is not read"),
+    ("gptq", {"bits": True}, "bits='True' is not read"),
+    ("gptq", {"group_size": None}, "group_size is null"), ("fp8", {"bits": 8}, "bits='8' is a field this version does not know"),
+    ("gptq", {"group_size": 16}, r"scales' has shape .*it would be \(12, 64\)"),
     ("gptq", {"group_size": 0}, "group_size=0: a whole number from 1"),
 ])
 def test_settings_that_are_not_read(name, change, words, plain, tmp_path):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pieces import B, T, V, close, make
 
 from llmjax.core import Attention, Compute, Layer, LayerInputs, Mlp, ModelConfig, Norm, QKNorm, Rope
 from llmjax.core.errors import ConfigError
@@ -12,7 +13,6 @@ from llmjax.core.positions import Proportional
 from llmjax.decode import prepare
 from llmjax.models import Decoder, init_cache, init_params
 
-V, B, T = 61, 2, 22
 NEAR = Attention(4, 2, 8, Rope(), window=6, qk_norm=QKNorm(), v_norm=Norm(scale=False), scale=1.0)
 FAR = Attention(4, 1, 12, Rope(1e5, scaling=Proportional(0.25)), qk_norm=QKNorm(), shared_kv=True, v_norm=Norm(scale=False), gate=True)
 
@@ -31,15 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
 def made(request):
-    model = Decoder(CONFIGS[request.param], Compute("float32", attention="blockwise"))
-    params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), init_params(model, jax.random.key(1)))
-    tokens = jax.random.randint(jax.random.key(2), (B, T), 1, V)
-    return model, params, tokens, model.apply({"params": params}, tokens)[0]
-
-
-def close(a, b, bound=5e-5):
-    """float32 on both sides, some fifteen products and norms deep: 5e-5 of the reference's spread leaves room for the order of sums only."""
-    assert float(jnp.abs(a - b).max() / b.std()) < bound
+    return make(CONFIGS[request.param])
 
 
 def test_cached_pieces_are_the_whole(made):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import perturbed
 
 import llmjax
 from llmjax import models, pretrained
@@ -41,13 +42,7 @@ def theirs(name, scale):
     kind, fields = HEADS[name]
     config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(config).eval().float()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
+    return perturbed(getattr(transformers, kind)(config))
 
 
 def batch():

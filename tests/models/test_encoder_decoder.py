@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import perturbed
 
 import llmjax
 from llmjax import models, pretrained
@@ -32,14 +33,9 @@ def theirs(name, scale):
     prefix, fields = KINDS[name]
     config = getattr(transformers, prefix + "Config")(**fields, **(dict(init_std=scale) if prefix == "Bart" else dict(initializer_factor=50 * scale)))
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + "ForConditionalGeneration")(config).eval().float()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if p.ndim == 1 or "relative_attention_bias" in key:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-        if prefix == "Bart":
-            model.final_logits_bias.add_(torch.randn(model.final_logits_bias.shape, generator=generator))
+    model = perturbed(getattr(transformers, prefix + "ForConditionalGeneration")(config), also=("relative_attention_bias",))
+    if prefix == "Bart":
+        model.final_logits_bias.add_(torch.randn(model.final_logits_bias.shape, generator=torch.Generator().manual_seed(2)))
     return model
 
 

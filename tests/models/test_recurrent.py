@@ -5,15 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pieces import B, T, V, close, make
 
 from llmjax import decode
 from llmjax.core import Attention, Compute, GatedDelta, Layer, LinearAttention, Mlp, ModelConfig, Rope
 from llmjax.core.errors import ConfigError
 from llmjax.decode.steps import can_rewind, grow, init_cache
-from llmjax.models import Decoder, State, init_params, labels
+from llmjax.models import Decoder, State, labels
 from llmjax.train.flops import flops_per_token
 
-V, D, B, T = 61, 32, 2, 22
+D = 32
 DELTA, LINEAR = Layer(GatedDelta(4, 2, 8, 6), Mlp(40)), Layer(LinearAttention(4, 2, 8, Rope()), Mlp(40))
 FULL, RING = Layer(Attention(4, 2, 8, Rope(), gate=True, qkv_bias=True), Mlp(40)), Layer(Attention(4, 2, 8, Rope(), window=6), Mlp(40))
 CONFIGS = {
@@ -25,15 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
 def made(request):
-    model = Decoder(CONFIGS[request.param], Compute("float32", attention="blockwise"))
-    params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), init_params(model, jax.random.key(1)))
-    tokens = jax.random.randint(jax.random.key(2), (B, T), 1, V)
-    return model, params, tokens, model.apply({"params": params}, tokens)[0]
-
-
-def close(a, b, bound=5e-5):
-    """float32 on both sides, some ten products and a recurrence deep: 5e-5 of the reference's spread leaves room for the order of sums only."""
-    assert float(jnp.abs(a - b).max() / b.std()) < bound
+    return make(CONFIGS[request.param])
 
 
 def test_cached_pieces_are_the_whole(made):

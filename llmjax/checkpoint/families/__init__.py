@@ -61,6 +61,7 @@ from llmjax.checkpoint.families import (
 )
 from llmjax.checkpoint.families.base import Family, plain
 from llmjax.checkpoint.fields import Fields
+from llmjax.checkpoint.quantized import scheme_of
 from llmjax.checkpoint.table import Table
 from llmjax.core.errors import CheckpointError, ConfigError, nearest
 from llmjax.core.model_config import Attention, ModelConfig, NoHead
@@ -106,6 +107,7 @@ def to_model_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None 
         config = of_config(hf, where).read(fields)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    scheme_of(fields.value("quantization_config", None), where)
     fields.finish()
     ends = Fields(generation or {}, "generation_config.json").ids("eos_token_id")
     return dc.replace(config, end_tokens=ends) if ends else config

@@ -13,9 +13,7 @@ METHODS = {"greedy": False, "group_limited_greedy": True}
 
 def read(f: Fields) -> ModelConfig:
     dim, context, activation, width = f.count("hidden_size"), f.count("max_position_embeddings", 2048), f.activation("hidden_act", "silu"), f.count("moe_intermediate_size", 1407)
-    method = f.value("topk_method", "greedy")
-    if method not in METHODS:
-        raise CheckpointError(f"{f.where}: topk_method={method!r} is unknown; known: {', '.join(METHODS)}")
+    method = f.choice("topk_method", list(METHODS), "greedy")
     f.fixed(scoring_func="softmax", mlp_bias=False, norm_topk_prob=False)
     f.ignore("ep_size", "aux_loss_alpha", "seq_aux")                                     # how it was trained
     groups = f.count("n_group", None), f.count("topk_group", None)
