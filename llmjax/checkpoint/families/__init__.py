@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,9 @@ def table_of(config: ModelConfig) -> Table:
     table = get(config.family).rows(config)
     if not isinstance(config.head, NoHead):
         return table
-    return dc.replace(table, base="", rows=tuple(dc.replace(row, name=row.name.removeprefix(table.base)) for row in table.rows))
+    rows = tuple(dc.replace(row, name=row.name.removeprefix(table.base)) for row in table.rows)
+    copies = tuple((name.removeprefix(table.base), twin.removeprefix(table.base)) for name, twin in table.copies)
+    return dc.replace(table, base="", rows=rows, copies=copies, extras=tuple(pattern.removeprefix(re.escape(table.base)) for pattern in table.extras))
 
 
 def of_config(hf: Mapping[str, Any], where: str = "config.json") -> Family:
