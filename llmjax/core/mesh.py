@@ -54,9 +54,6 @@ class Layout:
 
     def __post_init__(self):
         check_rules(self.rules)
-        for axis in ("sequence", "stage"):
-            if getattr(self, axis) not in (1, None):
-                raise ConfigError(f"layout.{axis}={getattr(self, axis)}: parallelism over {axis!r} is not part of this version; use data, fsdp, tensor or expert")
 
     def sizes(self) -> dict[str, int | None]:
         return {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -152,6 +149,13 @@ def batch_sharding(mesh: Mesh, ndim: int = 2, rules: Rules = RULES, lead: int = 
 def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
     """Over how many parts the batch dimension is divided."""
     return math.prod(mesh.shape[a] for a in mesh_axes(dict(reversed(rules))["batch"]))
+
+
+def free_axes(name: str, rules: Rules = RULES) -> tuple[Any, tuple[str, ...], int]:
+    """-> (the ambient mesh, the axes the rule for `name` lays it on that have several devices and are not manual already, how many parts that makes)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else tuple(a for a in mesh_axes(dict(reversed(rules))[name]) if mesh.shape[a] > 1 and a not in mesh.manual_axes)
+    return mesh, axes, math.prod(mesh.shape[a] for a in axes)
 
 
 def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:

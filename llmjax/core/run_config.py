@@ -27,6 +27,7 @@ class Compute:
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
+    sequence: Literal["auto", "ring", "ulysses"] = "auto"      # how attention goes over a row that layout.sequence divides
     experts: Literal["auto", "blocks", "ragged", "loop"] = "auto"
     remat: Literal["full", "dots"] | None = None
     scan: bool = True                  # weights of repeated layers stacked and scanned: small programs; False: every layer apart

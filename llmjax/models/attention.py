@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core import Compute, Layout, constrain, dot, dots, platform
-from llmjax.core.mesh import mesh_axes
+from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, platform
 from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
@@ -169,17 +168,21 @@ def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentA
     if spec.globals is not None:
         return kernels.sparse(q, seen.k, seen.v, **where, **settings, globals=spec.globals, scale=scale)
     settings |= dict(sinks=sinks, slopes=slopes)
-    name, reason = kernels.choose(platform(), compute.attention, q, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
-    tell(name, reason)
+    (_, batch, rows), (_, heads, columns), (_, length, parts) = (free_axes(axis, layout.rules) for axis in ("batch", "heads", "length"))
+    across = context.across if in_order and bias is None else None
+    whole = q if across is None else jax.ShapeDtypeStruct((q.shape[0], q.shape[1], q.shape[2] // columns // parts, q.shape[3]), q.dtype)
+    name, reason = kernels.choose(platform(), compute.attention, whole, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
     implementation = kernels.IMPLEMENTATIONS[name]
+    tell(name if across is None else f"{across} over {parts} parts of a row" + (f", {name} in each" if across == "ulysses" else ""), reason)
+    if across == "ring":
+        implementation = functools.partial(kernels.ring, axis=length, zigzag=context.zigzag)
+    elif across == "ulysses":
+        implementation = functools.partial(kernels.ulysses, implementation, axis=length)
     if bias is not None:          # `reference`, which the compiler partitions by itself
         return implementation(q, seen.k, seen.v, **where, **settings, scale=scale, bias=bias)
-    table, mesh = dict(reversed(layout.rules)), jax.sharding.get_abstract_mesh()
-    batch, heads = (tuple(a for a in mesh_axes(table[axis]) if not mesh.empty and mesh.shape[a] > 1) for axis in ("batch", "heads"))
-    rows, columns = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))
     K = seen.k.shape[2]
-    if rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0):
-        implementation = kernels.sharded(implementation, batch=batch, heads=heads)
+    if across or (rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
+        implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=length if across else ())
     return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
 
 

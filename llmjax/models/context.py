@@ -46,6 +46,8 @@ class Context:
     source: jax.Array | None = None
     source_segments: jax.Array | None = None
     prefix: jax.Array | None = None                      # [B, T]: how many tokens of its document each token sees whatever stands after it
+    across: str | None = dc.field(default=None, metadata=dict(static=True))      # how attention goes over rows that lie on several devices (models/sequence.py)
+    zigzag: bool = dc.field(default=False, metadata=dict(static=True))           # and whether they lie in zigzag order
     lent: dict[str, Seen] = dc.field(default_factory=dict)   # what layers so far have lent to later ones
 
     def places(self, length: int) -> jax.Array:

@@ -19,6 +19,7 @@ from flax import struct
 from llmjax.core.errors import CheckpointError
 from llmjax.core.labels import Label, parse
 from llmjax.core.tree import path_name
+from llmjax.kernels.attention.ring import KEPT
 
 Module = nn.Module
 compact = nn.compact
@@ -104,7 +105,7 @@ def scan(cell: type[Module], length: int) -> Any:
     return nn.scan(cell, variable_axes={"params": 0, "aux": 0}, split_rngs={"params": True}, length=length, in_axes=(0, nn.broadcast), metadata_params={})
 
 
-POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+POLICIES = {"full": jax.checkpoint_policies.save_only_these_names(*KEPT), "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def rematerialised(cell: type[Module], remat: str | None, scanned: bool) -> Any:

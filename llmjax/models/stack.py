@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot, platform, take
+from llmjax.core import Compute, Layout, constrain, dot, free_axes, platform, take
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.core.positions import Disentangled, RelativeBuckets
+from llmjax.models import sequence
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
@@ -93,8 +94,6 @@ class Stack(Model):
     def embedded(self, tokens: jax.Array, context: Context, table: Any, token_types: jax.Array | None = None) -> jax.Array:
         """tokens, token_types [B, T] int32 (types None: all 0), the embedding [V, E] -> [B, T, D] in the computing dtype."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        if c.learned_positions and context.positions is None and tokens.shape[1] + c.position_offset > c.learned_positions:
-            raise ConfigError(f"{tokens.shape[1]} tokens: the model has {c.learned_positions - c.position_offset} learned positions; shorten the text")
         with jax.named_scope("embed"):
             x = take(table, tokens, dtype)
             if c.embed_proj_first:
@@ -115,12 +114,21 @@ class Stack(Model):
     def body(self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None, table: Any, token_types: jax.Array | None = None,
              prefix: jax.Array | None = None, **source: Any) -> tuple[jax.Array, Cache | None]:
         """-> ([B, T, D] in the computing dtype after the last norm, cache). source: what of the Context an encoder gives."""
-        c = self.config
-        context = dc.replace(make_context(c, tokens, positions, segment_ids, cache, prefix), **source)
-        context = dc.replace(context, relative=self.distances(context, tokens.shape[1]))
+        c, T = self.config, tokens.shape[1]
+        if c.learned_positions and positions is None and cache is None and T + c.position_offset > c.learned_positions:
+            raise ConfigError(f"{T} tokens: the model has {c.learned_positions - c.position_offset} learned positions; shorten the text")
+        _, _, parts = free_axes("length", self.layout.rules)
+        across = sequence.form(c, self.compute, self.layout) if cache is None and prefix is None and T % (2 * parts) == 0 else None
+        zigzag = across == "ring" and sequence.balanced(c)
+        if zigzag:
+            places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
+            tokens, positions, segment_ids, token_types = sequence.reorder((tokens, places, segment_ids, token_types), self.layout)
+        context = dc.replace(make_context(c, tokens, positions, segment_ids, cache, prefix), across=across, zigzag=zigzag, **source)
+        context = dc.replace(context, relative=self.distances(context, T))
         x = self.embedded(tokens, context, table, token_types)
         x, cache = self.run_layers(x, cache, context, self.layer_inputs(tokens, x) if c.layer_inputs else None)
-        return (self.final_norm(x) if c.final_norm else x), cache
+        x = self.final_norm(x) if c.final_norm else x
+        return sequence.reorder(x, self.layout, back=True) if zigzag else x, cache
 
     def distances(self, context: Context, length: int) -> Distances | None:
         """What the layers share of relative positions. The keys are this call's own tokens where nothing older is in the cache, else the cache's (as in MultiHeadAttention.attend)."""

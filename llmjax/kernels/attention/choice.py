@@ -47,10 +47,10 @@ def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, wind
     return best, f"the {platform.upper()}'s own"
 
 
-def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Sequence[str] = ()) -> Callable:
+def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Sequence[str] = (), length: Sequence[str] = ()) -> Callable:
     """-> a function of the same signature that runs `implementation` on each device's own rows and heads (`jax.shard_map` over all automatic axes of the ambient mesh).
 
-    `batch` and `heads` name the mesh axes over which the batch and the heads are split; axes that the mesh lacks or that are manual already are left out. Where there are
+    `batch` and `heads` name the mesh axes over which the batch and the heads are split, `length` those over which queries and keys are, for an implementation that knows of it; axes that the mesh lacks or that are manual already are left out. Where there are
     fewer kv heads than head shards, each is repeated to fill them. No mesh, or one device: `implementation` itself. Raises ValueError where batch, N or K does not divide.
     """
     def call(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, slopes=None, **settings):
@@ -59,18 +59,18 @@ def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Seque
         where = dict(query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments)
         if math.prod(mesh.shape[axis] for axis in free) == 1:
             return implementation(q, k, v, **where, sinks=sinks, slopes=slopes, **settings)
-        rows, cols = (tuple(axis for axis in axes if axis in free) for axes in (batch, heads))
+        rows, cols, cuts = (tuple(axis for axis in axes if axis in free) for axes in (batch, heads, length))
         parts = math.prod(mesh.shape[axis] for axis in cols)
         K = k.shape[2]
         if K % parts and parts % K == 0:
             k, v = (jnp.repeat(x, parts // K, axis=2) for x in (k, v))
-        for what, size, axes in (("batch", q.shape[0], rows), ("query heads", q.shape[2], cols), ("kv heads", k.shape[2], cols)):
+        for what, size, axes in (("batch", q.shape[0], rows), ("query heads", q.shape[2], cols), ("kv heads", k.shape[2], cols), ("tokens", q.shape[1], cuts)):
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 raise ValueError(f"attention: {size} {what} do not divide over mesh axes {dict((axis, mesh.shape[axis]) for axis in axes)}; change the mesh or the number")
         spread = lambda *axes: PartitionSpec(*(axis or None for axis in axes))
         part = {name: x for name, x in where.items() if x is not None}
-        specs = {name: spread(rows if x.shape[0] > 1 else None, None) for name, x in part.items()}
-        four = spread(rows, None, cols, None)
+        specs = {name: spread(rows if x.shape[0] > 1 else None, cuts) for name, x in part.items()}
+        four = spread(rows, cuts, cols, None)
 
         def local(q, k, v, sinks, slopes, part):
             return implementation(q, k, v, sinks=sinks, slopes=slopes, **part, **settings)

@@ -34,11 +34,11 @@ def attend(total, tile, q, k, v, sinks, slopes, where):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tiles(total, sides, q, k, v, sinks, slopes, where):
-    return _forward(total, sides, q, k, v, sinks, slopes, where)[0]
+    return forward(total, sides, q, k, v, sinks, slopes, where)[0]
 
 
-def _forward(total, sides, q, k, v, sinks, slopes, where):
-    """-> out [B, K, G, T, Hv], log-sum-exp float32 [B, K, G, T, 1] (+inf where nothing is seen)."""
+def forward(total, sides, q, k, v, sinks, slopes, where, dtype=None):
+    """-> out [B, K, G, T, Hv] in `dtype or q.dtype`, log-sum-exp float32 [B, K, G, T, 1] (+inf where nothing is seen). `sides` (queries, keys) of a tile divide T and S."""
     rows, cols = sides
     T, S = q.shape[3], k.shape[2]
 
@@ -59,18 +59,20 @@ def _forward(total, sides, q, k, v, sinks, slopes, where):
         first, stop = _key_tiles(total.pattern, sides, i, S)
         top, norm, acc = jax.lax.fori_loop(first, stop, step, (top, norm, jnp.zeros((*qi.shape[:4], v.shape[-1]), jnp.float32)))
         empty = norm == 0
-        return (acc / jnp.where(empty, 1.0, norm)).astype(q.dtype), jnp.where(empty, jnp.inf, top + jnp.log(norm))
+        return (acc / jnp.where(empty, 1.0, norm)).astype(dtype or q.dtype), jnp.where(empty, jnp.inf, top + jnp.log(norm))
     out, lse = jax.lax.map(one, jnp.arange(T // rows))  # [i, B, K, G, rows, ..]
     join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], T, x.shape[-1])
     return join(out), join(lse)
 
 
 def _keep(total, sides, q, k, v, sinks, slopes, where):
-    out, lse = _forward(total, sides, q, k, v, sinks, slopes, where)
+    out, lse = forward(total, sides, q, k, v, sinks, slopes, where)
     return out, (q, k, v, sinks, slopes, where, out, lse)
 
 
-def _backward(total, sides, kept, g):
+def backward(total, sides, kept, g, dtype=None):
+    """-> the gradients of (q, k, v, sinks, slopes, where), those of q, k and v in `dtype` or their own. kept: `forward`'s arguments and results; the log-sum-exp may be that of a longer
+    row of keys than these, of which `out` is then the whole sum."""
     q, k, v, sinks, slopes, where, out, lse = kept
     rows, cols = sides
     T, S = q.shape[3], k.shape[2]
@@ -97,14 +99,14 @@ def _backward(total, sides, kept, g):
         zeros = lambda x: jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), jnp.float32)
         first, stop = _query_tiles(total.pattern, sides, j, T)
         dq, dkT, dvT = jax.lax.fori_loop(first, stop, step, (dq, zeros(kj), zeros(vj)))
-        return dq, (dkT.swapaxes(-1, -2).astype(k.dtype), dvT.swapaxes(-1, -2).astype(v.dtype))
+        return dq, (dkT.swapaxes(-1, -2).astype(dtype or k.dtype), dvT.swapaxes(-1, -2).astype(dtype or v.dtype))
     dq, (dk, dv) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(S // cols))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], S, x.shape[-1])
     dsinks = None if sinks is None else -(jnp.exp(sinks[None, :, :, None, None] - lse) * delta).sum((0, 3, 4))
-    return dq.astype(q.dtype), join(dk), join(dv), dsinks, None, None
+    return dq.astype(dtype or q.dtype), join(dk), join(dv), dsinks, None, None
 
 
-_tiles.defvjp(_keep, _backward)
+_tiles.defvjp(_keep, backward)
 
 
 def _take(where, sides, i, j):
