@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
-from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
+from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_sharding, check_batch, explain_sharding, from_layout, shardings
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
@@ -34,9 +34,7 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
     workdir = pathlib.Path(workdir)
     config = remember(config, workdir)
     mesh = from_layout(config.layout)
-    if config.batch_size % (batch_parts(mesh, config.layout.rules) * config.accumulate):
-        raise ConfigError(f"batch_size={config.batch_size} does not divide over {batch_parts(mesh, config.layout.rules)} parts of the mesh in accumulate={config.accumulate} steps; "
-                          "change batch_size or the layout")
+    check_batch(config.batch_size, config.accumulate, config.context, mesh, config.layout)
     corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
     model = make_model(config, corpus.tokenizer)
     total = in_steps(config.steps, None, corpus.train.steps_per_epoch(config.batch_size), "steps")

@@ -7,20 +7,22 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.errors import ConfigError, ShardingError, nearest
 from llmjax.core.labels import Label
+from llmjax.core.platform import partitioned
 from llmjax.core.tree import flatten, map_named
 
 MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")      # outermost first: neighbours on the last axes talk most
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 RULES: Rules = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("data", "fsdp", "stage", "expert")),
     ("length", "sequence"),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
@@ -31,7 +33,7 @@ RULES: Rules = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
-    ("layer", None),
+    ("layer", "stage"),
     ("head_dim", None),
     ("latent", None),
     ("norm", None),
@@ -50,10 +52,21 @@ class Layout:
     sequence: int | None = 1
     expert: int | None = 1
     stage: int | None = 1
+    microbatches: int | None = None      # parts of a batch that pass through the stages one after the other; None: as many as there are stages
+    dcn: Literal["data", "fsdp", "stage"] = "data"      # the axis that goes across slices, where the devices are of several
+    interleave: int = 1                  # chunks of layers a stage holds: 1 is GPipe, more make the idle share smaller and the traffic larger
     rules: Rules = RULES
 
     def __post_init__(self):
         check_rules(self.rules)
+        if self.stage == 1 and (self.microbatches, self.interleave) != (None, 1):
+            raise ConfigError("layout.microbatches and layout.interleave say how a pipeline runs; set layout.stage too")
+        for name in ("microbatches", "interleave"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"layout.{name}={value!r}: a whole number from 1 is wanted")
+        if self.interleave > 1 and self.stage and (self.microbatches or self.stage) % self.stage:
+            raise ConfigError(f"layout.microbatches={self.microbatches}: with layout.interleave={self.interleave} a multiple of layout.stage={self.stage} is wanted")
 
     def sizes(self) -> dict[str, int | None]:
         return {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -75,8 +88,12 @@ def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, sequence: int | None = 1, expert: int | None = 1, stage: int | None = 1, *,
-              devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or of those given) with six named axes; one axis that is None takes the devices the others leave. Raises ShardingError."""
+              devices: Sequence[Any] | None = None,
+              dcn: str = "data") -> Mesh:
+    """A mesh of all devices (or of those given) with six named axes; one axis that is None takes the devices the others leave. Raises ShardingError.
+
+    dcn: where the devices are of several slices (each with its own fast network), the axis whose outer part goes from slice to slice.
+    """
     sizes = dict(stage=stage, data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
     devices = list(jax.devices() if devices is None else devices)
     wrong = [f"{k}={v!r}" for k, v in sizes.items() if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]
@@ -93,13 +110,27 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
         sizes[unknown[0]] = len(devices) // product
     shape = [sizes[axis] or 1 for axis in MESH_AXES]
     types = (AxisType.Auto,) * len(shape)
+    slices = sorted({getattr(d, "slice_index", 0) or 0 for d in devices})
+    if len(slices) > 1:
+        if sizes[dcn] % len(slices):        # type: ignore[operator]
+            raise ShardingError(f"mesh: {len(slices)} slices do not divide {dcn}={sizes[dcn]}, the axis that goes across them; make it a multiple, or choose another layout.dcn")
+        return Mesh(hybrid(devices, shape, MESH_AXES.index(dcn), slices), MESH_AXES, axis_types=types)
     if devices == list(jax.devices()):
         return jax.make_mesh(shape, MESH_AXES, axis_types=types)
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
 
 
+def hybrid(devices: Sequence[Any], shape: Sequence[int], axis: int, slices: Sequence[int]) -> np.ndarray:
+    """The devices in the mesh's shape, slice after slice along one axis; within a slice as its own network wants them."""
+    inner = [n // len(slices) if i == axis else n for i, n in enumerate(shape)]
+    parts = [[d for d in devices if d.slice_index == s] for s in slices]
+    if len({len(part) for part in parts}) > 1:
+        raise ShardingError(f"mesh: the slices have {', '.join(str(len(part)) for part in parts)} devices; all must have the same number")
+    return np.concatenate([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in parts], axis)
+
+
 def from_layout(layout: Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    return make_mesh(**layout.sizes(), devices=devices)
+    return make_mesh(**layout.sizes(), devices=devices, dcn=layout.dcn)
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules, name: str) -> PartitionSpec:
@@ -131,7 +162,7 @@ def shardings(labels: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any
     """A NamedSharding per weight. labels: tree of Label; shapes: the same tree with `.shape` leaves. Raises ShardingError, also when a mesh axis serves no weight."""
     out = map_named(lambda name, x, label: NamedSharding(mesh, partition(label.axes, x.shape, mesh, rules, name)), shapes, labels)
     used = {a for s in jax.tree.leaves(out) for entry in s.spec for a in mesh_axes(entry)}
-    for axis in ("fsdp", "tensor", "expert"):
+    for axis in ("fsdp", "tensor", "expert", "stage"):
         if mesh.shape[axis] > 1 and axis not in used:
             raise ShardingError(f"layout.{axis}={mesh.shape[axis]}: no weight of this model has an axis laid on {axis!r}; set layout.{axis}=1 and use data or fsdp")
     return out
@@ -151,11 +182,38 @@ def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[a] for a in mesh_axes(dict(reversed(rules))["batch"]))
 
 
+def microbatches(layout: Layout) -> int:
+    """How many microbatches pass through the stages of the ambient mesh."""
+    return layout.microbatches or free_axes("layer", layout.rules)[2]
+
+
+def bubble(layout: Layout, stages: int) -> float:
+    """The share of a pipeline's ticks in which a stage waits."""
+    work = (layout.microbatches or stages) * layout.interleave
+    return (stages - 1) / (work + stages - 1)
+
+
 def free_axes(name: str, rules: Rules = RULES) -> tuple[Any, tuple[str, ...], int]:
     """-> (the ambient mesh, the axes the rule for `name` lays it on that have several devices and are not manual already, how many parts that makes)."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else tuple(a for a in mesh_axes(dict(reversed(rules))[name]) if mesh.shape[a] > 1 and a not in mesh.manual_axes)
+    table = dict(reversed(rules))
+    axes: tuple[str, ...] = () if mesh.empty else tuple(a for a in mesh_axes(table[name]) if mesh.shape[a] > 1 and a not in mesh.manual_axes)
     return mesh, axes, math.prod(mesh.shape[a] for a in axes)
+
+
+def check_batch(batch_size: int, accumulate: int, context: int, mesh: Mesh, layout: Layout) -> None:
+    """Raises ConfigError where the rows of a step, or the tokens of a row, do not divide as the mesh and the layout want them."""
+    parts = batch_parts(mesh, layout.rules)
+    if batch_size % (parts * accumulate):
+        raise ConfigError(f"batch_size={batch_size} does not divide over {parts} parts of the mesh in accumulate={accumulate} steps; change batch_size or the layout")
+    stages, experts = mesh.shape["stage"], mesh.shape["expert"]
+    rows, waves = batch_size // accumulate // (mesh.shape["data"] * mesh.shape["fsdp"]), layout.microbatches or stages
+    if stages > 1 and rows % (waves * experts):
+        raise ConfigError(f"batch_size={batch_size}: {rows} rows pass through each pipeline at a time, which do not divide into {waves} microbatches (over expert={experts}); "
+                          "change batch_size, accumulate or layout.microbatches")
+    pieces = math.prod(mesh.shape[a] for a in mesh_axes(dict(reversed(layout.rules))["length"]))
+    if pieces > 1 and context % (2 * pieces):
+        raise ConfigError(f"context={context} is not a multiple of {2 * pieces}, two chunks for each of layout.sequence={pieces}; change context or the layout")
 
 
 def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:
@@ -163,15 +221,12 @@ def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:
 
     axes: a word per dimension, "." for a dimension that is not divided: "batch length ."
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not partitioned():
         return x
-    names = [None if word == "." else word for word in axes.split()]
-    table = dict(reversed(rules))
-    spec = []
-    for name, length in zip(names, x.shape, strict=True):
-        chosen = tuple(a for a in mesh_axes(table[name] if name else None) if mesh.shape[a] > 1)
-        spec.append(chosen if chosen and length % math.prod(mesh.shape[a] for a in chosen) == 0 else None)
+    spec: list[Any] = []
+    for word, length in zip(axes.split(), x.shape, strict=True):
+        _, chosen, parts = (None, (), 1) if word == "." else free_axes(word, rules)
+        spec.append(chosen if chosen and length % parts == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

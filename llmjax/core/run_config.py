@@ -46,6 +46,10 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float | None = 1.0           # global gradient norm
+    moments: Literal["float32", "int8"] = "float32"       # how both moments are kept between steps; int8: block-wise dynamic codes (Dettmers et al. 2022)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dc.dataclass(frozen=True)

@@ -168,21 +168,23 @@ def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentA
     if spec.globals is not None:
         return kernels.sparse(q, seen.k, seen.v, **where, **settings, globals=spec.globals, scale=scale)
     settings |= dict(sinks=sinks, slopes=slopes)
-    (_, batch, rows), (_, heads, columns), (_, length, parts) = (free_axes(axis, layout.rules) for axis in ("batch", "heads", "length"))
+    _, batch, rows = free_axes("batch", layout.rules)
+    _, heads, columns = free_axes("heads", layout.rules)
+    _, cuts, parts = free_axes("length", layout.rules)
     across = context.across if in_order and bias is None else None
     whole = q if across is None else jax.ShapeDtypeStruct((q.shape[0], q.shape[1], q.shape[2] // columns // parts, q.shape[3]), q.dtype)
     name, reason = kernels.choose(platform(), compute.attention, whole, seen.v, segments=where["query_segments"] is not None, bias=bias is not None, **settings)
     implementation = kernels.IMPLEMENTATIONS[name]
     tell(name if across is None else f"{across} over {parts} parts of a row" + (f", {name} in each" if across == "ulysses" else ""), reason)
     if across == "ring":
-        implementation = functools.partial(kernels.ring, axis=length, zigzag=context.zigzag)
+        implementation = functools.partial(kernels.ring, axis=cuts, zigzag=context.zigzag)
     elif across == "ulysses":
-        implementation = functools.partial(kernels.ulysses, implementation, axis=length)
+        implementation = functools.partial(kernels.ulysses, implementation, axis=cuts)
     if bias is not None:          # `reference`, which the compiler partitions by itself
         return implementation(q, seen.k, seen.v, **where, **settings, scale=scale, bias=bias)
     K = seen.k.shape[2]
     if across or (rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
-        implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=length if across else ())
+        implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=cuts if across else ())
     return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
 
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router, tokens sorted by expert, one grouped product per matrix, nothing dropped.
+"""Mixture of experts: a router, and the experts' gated MLPs over the tokens that chose them.
 
 Legend: B batch, T length, M = B·T tokens, D embed, E experts, F expert hidden, k experts per token.
 """
@@ -7,40 +7,34 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, dense, dot
+from llmjax.core import Compute, Layout, dense, dot, partitioned
 from llmjax.core.model_config import MixtureOfExperts, Mlp
 from llmjax.kernels import grouped_matmul
+from llmjax.models.dispatch import through_experts
 from llmjax.models.feed_forward import MultiLayerPerceptron, clamped, gate
 from llmjax.models.module import Module, along, compact, vector, weight
 
 
 class Experts(Module):
-    """x [B, T, D] -> [B, T, D]. Sows into `aux`: balance_loss, router_z_loss (scalars) and expert_share [E] (how the choices fell; uniform is 1/E)."""
+    """x [B, T, D] -> [B, T, D]. Sows into `aux` what `report` says."""
     spec: MixtureOfExperts
     compute: Compute
     layout: Layout
 
     @compact
     def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
-        m, (B, T, D), E, F = self.spec, x.shape, self.spec.experts, self.spec.hidden
-        gates, chosen = self.route(x, segments)                                     # [M, k]
-        order = jnp.argsort(chosen.reshape(-1))                                     # choices sorted by expert [M·k]
-        sizes = jnp.bincount(chosen.reshape(-1), length=E)
-        rows = x.reshape(-1, D)[order // m.top_k]
-        if m.scale_inputs:
-            rows, gates = rows * gates.reshape(-1)[order, None].astype(rows.dtype), jnp.ones_like(gates)
-
-        def product(x, w, name, axes):
-            y = grouped_matmul(x, w, sizes, implementation=self.compute.experts)
-            return y + vector(self, f"{name}_bias", axes, (E, w.shape[-1])).astype(y.dtype)[chosen.reshape(-1)[order]] if m.bias else y
-        up, into = (dense(weight(self, name, "expert | embed -> mlp", (E, D, F))) for name in ("up", "gate"))
-        down = dense(weight(self, "down", "expert | mlp -> embed", (E, F, D)))
+        m, D, E, F = self.spec, x.shape[-1], self.spec.experts, self.spec.hidden
+        gates, chosen = self.route(x, segments)
+        weights = {name: dense(weight(self, name, label, (E, *shape))) for name, label, shape in
+                   (("up", "expert | embed -> mlp", (D, F)), ("gate", "expert | embed -> mlp", (D, F)), ("down", "expert | mlp -> embed", (F, D)))}
+        axes = {"up": "expert . mlp", "gate": "expert . mlp", "down": "expert mlp ."}
+        if m.bias:
+            for name, label, size in (("gate", "expert mlp", F), ("up", "expert mlp", F), ("down", "expert norm", D)):
+                weights[f"{name}_bias"], axes[f"{name}_bias"] = vector(self, f"{name}_bias", label, (E, size)), label.replace("norm", ".")
+        if partitioned():
+            weights = {name: w.astype(x.dtype) for name, w in weights.items()}          # what travels between devices
         with jax.named_scope("experts"):
-            g, u = product(rows, into, "gate", "expert mlp"), product(rows, up, "up", "expert mlp")
-            h = gate(m.activation, g, u) if m.limit is None else clamped(g, u, m.limit)
-            y = product(h, down, "down", "expert norm")
-        back = jnp.argsort(order)
-        y = jnp.einsum("mkd,mk->md", y[back].reshape(-1, m.top_k, D).astype(jnp.float32), gates).astype(x.dtype).reshape(B, T, D)
+            y = through_experts(self.work, weights, axes, x, gates, chosen, self.layout, scale_inputs=m.scale_inputs)
         if m.shared is not None:
             shared = MultiLayerPerceptron(Mlp(m.shared, m.activation), self.compute, self.layout, name="shared")(x)
             if m.shared_gate:
@@ -48,9 +42,22 @@ class Experts(Module):
             y = y + shared
         return y
 
+    def work(self, weights: dict[str, jax.Array], rows: jax.Array, sizes: jax.Array, which: jax.Array, alone: jax.Array) -> jax.Array:
+        """What experts make of their rows (models/dispatch.py)."""
+        m = self.spec
+
+        def product(x, name):
+            y = grouped_matmul(x, weights[name], sizes, implementation=self.compute.experts)
+            if not m.bias:
+                return y
+            bias = weights[f"{name}_bias"].astype(y.dtype)
+            return y + (jnp.where(alone, bias, 0) if name == "down" else bias)[which]
+        g, u = product(rows, "gate"), product(rows, "up")
+        return product(gate(m.activation, g, u) if m.limit is None else clamped(g, u, m.limit), "down")
+
     def route(self, x: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Which experts each token goes to and what their answers count: (gates [M, k] float32, chosen [M, k] int32)."""
-        m, (D, E) = self.spec, (x.shape[-1], self.spec.experts)
+        """Which experts each token goes to and what their answers count: (gates [B, T, k] float32, chosen [B, T, k] int32)."""
+        m, (B, T, D), E = self.spec, x.shape, self.spec.experts
         logits = dot("btd,de->bte", x, weight(self, "router", "embed -> router", (D, E)), out_dtype=jnp.float32).reshape(-1, E)
         if m.router_bias:
             logits = logits + along(vector(self, "router_bias", "router", (E,)), logits)
@@ -68,17 +75,15 @@ class Experts(Module):
         self.report(logits, scores if m.score == "softmax" else scores / (scores.sum(-1, keepdims=True) + 1e-20), chosen, segments)
         if m.renormalize:
             gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)                  # sigmoids may all be 0
-        return gates * m.scale, chosen
+        return (gates * m.scale).reshape(B, T, -1), chosen.reshape(B, T, -1)
 
     def report(self, logits, probabilities, chosen, segments) -> None:
-        """Load balance as in Switch Transformers (Fedus et al. 2021, eq. 4 to 6; with k choices a token a uniform router gives k) and the router z-loss of ST-MoE
-        (Zoph et al. 2022, eq. 5), means over the tokens that are not padding."""
+        """Sums over the tokens that are not padding, out of which a loss is made (objectives/language.py: router_statistics), so that parts of a batch add up exactly: choices [E],
+        probabilities [E], squared_z and tokens, scalars; all float32."""
         if not self.is_mutable_collection("aux"):
             return
         used = jnp.ones(len(logits), jnp.float32) if segments is None else (jnp.broadcast_to(segments, (len(logits) // segments.shape[-1], segments.shape[-1])) > 0).reshape(-1).astype(jnp.float32)
-        count = jnp.maximum(used.sum(), 1.0)
-        share = jnp.einsum("mke,m->e", jax.nn.one_hot(chosen, self.spec.experts), used) / count
-        mean = jnp.einsum("me,m->e", probabilities, used) / count
-        self.sow("aux", "balance_loss", self.spec.experts * jnp.sum(share * mean))
-        self.sow("aux", "router_z_loss", jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * used) / count)
-        self.sow("aux", "expert_share", share / self.spec.top_k)
+        self.sow("aux", "choices", jnp.einsum("mke,m->e", jax.nn.one_hot(chosen, self.spec.experts), used))
+        self.sow("aux", "probabilities", jnp.einsum("me,m->e", probabilities, used))
+        self.sow("aux", "squared_z", jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * used))
+        self.sow("aux", "tokens", used.sum())

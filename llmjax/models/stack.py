@@ -15,12 +15,12 @@ from llmjax.core import Compute, Layout, constrain, dot, free_axes, platform, ta
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.core.positions import Disentangled, RelativeBuckets
-from llmjax.models import sequence
+from llmjax.models import pipeline, sequence
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
 from llmjax.models.layer_inputs import OwnInputs
-from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, vector, weight
+from llmjax.models.module import Model, Module, Start, along, compact, labels, rematerialised, scan, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.relative import Distances, bucket_bias, row_index
 
@@ -150,7 +150,10 @@ class Stack(Model):
         for part, blocks in (("prefix", self.prefix), ("cycle", None), ("suffix", self.suffix)):
             if blocks is None:
                 if self.config.cycle:
-                    x, new["cycle"] = self.straight(x, context) if cache is None and self.unrolls() else self.cycle(x, held["cycle"], context)
+                    if cache is None and not self.is_initializing() and pipeline.pipelined(self.layout) > 1:
+                        x, new["cycle"] = self.piped(x, context)
+                    else:
+                        x, new["cycle"] = self.straight(x, context) if cache is None and self.unrolls() else self.cycle(x, held["cycle"], context)
                 continue
             for block, stored in zip(blocks, held[part]):
                 own = None if inputs is None else inputs[:, :, len(new[part])]
@@ -164,6 +167,22 @@ class Stack(Model):
 
     def unrolls(self) -> bool:
         return not self.is_initializing() and (platform() == "cpu" if self.compute.unroll is None else self.compute.unroll)
+
+    def piped(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+        """What `self.cycle` computes without a cache, over the stages of a pipeline."""
+        c, asked = self.config, ["aux"] if self.is_mutable_collection("aux") else []
+        trip = rematerialised(Cycle, self.compute.remat, scanned=True)(c.cycle, c.norm, self.compute, self.layout, parent=None)
+
+        def stage(weights, x, context):
+            def one(x, w):
+                (x, _), said = trip.apply({"params": w}, x, None, context, mutable=asked)
+                return x, said.get("aux")
+            return jax.lax.scan(one, x, weights)
+        known = labels(self.clone(parent=None, name=None))["cycle"]
+        x, said = pipeline.run(stage, self.variables["params"]["cycle"], known, x, context, self.layout, self.compute.dtype)
+        if said:
+            self.put_variable("aux", "cycle", said)
+        return constrain(x, "batch length .", self.layout.rules), None
 
     def straight(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         """What `self.cycle` computes without a cache, as straight code over constant slices of the stacked weights: measured a quarter faster in training on a CPU."""

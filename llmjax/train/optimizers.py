@@ -1,6 +1,7 @@
 """Optimisers from their configurations; the labels decide what decays and what Muon takes."""
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from optax import contrib
 
 from llmjax.core import Adafactor, AdamW, Constant, Label, Linear, Lion, Muon, WarmupCosine, WarmupStableDecay
 from llmjax.core.run_config import Optimizer, Schedule, in_steps
+from llmjax.train import eight_bit
 
 LOOKUPS = {"vocab", "position"}        # axes of tables and heads, which Muon leaves to Adam
 
@@ -56,9 +58,16 @@ def muon(config: Muon, learning_rate: Callable | float, labels: Any) -> optax.Gr
     rate = (lambda step: learning_rate(step) * ratio) if callable(learning_rate) else learning_rate * ratio
     return optax.partition({
         "hidden": contrib.muon(learning_rate, ns_steps=config.iterations, beta=config.momentum, weight_decay=config.weight_decay, muon_weight_dimension_numbers=dimensions),
-        "table": optax.adamw(rate, adam.b1, adam.b2, adam.eps, weight_decay=adam.weight_decay),
-        "vector": optax.adamw(rate, adam.b1, adam.b2, adam.eps, weight_decay=0.0),
+        "table": adamw(adam, rate, None),
+        "vector": adamw(dc.replace(adam, weight_decay=0.0), rate, None),
     }, jax.tree.map(group, labels, is_leaf=is_label))
+
+
+def adamw(config: AdamW, learning_rate: Callable | float, mask: Any) -> optax.GradientTransformation:
+    """AdamW with its moments in float32 or in 8 bits."""
+    if config.moments == "float32":
+        return optax.adamw(learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
+    return optax.chain(eight_bit.scale_by_adam(config.b1, config.b2, config.eps), optax.add_decayed_weights(config.weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
 
 
 def make_optimizer(config: Optimizer, learning_rate: Callable | float, labels: Any) -> optax.GradientTransformation:
@@ -66,7 +75,7 @@ def make_optimizer(config: Optimizer, learning_rate: Callable | float, labels: A
     mask = decays(labels)
     match config:
         case AdamW():
-            rule = optax.adamw(learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
+            rule = adamw(config, learning_rate, mask)
         case Lion():
             rule = optax.lion(learning_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask)
         case Adafactor():

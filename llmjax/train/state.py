@@ -44,6 +44,8 @@ def abstract(params: Any, optimizer: optax.GradientTransformation, key: jax.Arra
 
 def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
     """Whether a parameter's sharding divides an array made from it (a factored moment has fewer dimensions, a placeholder is [1])."""
+    if len(sharding.spec) > len(shape):
+        return False
     try:
         sharding.shard_shape(shape)
     except ValueError:

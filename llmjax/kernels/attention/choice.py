@@ -50,8 +50,9 @@ def choose(platform: str, name: str, q, v, *, causal: bool, in_order: bool, wind
 def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Sequence[str] = (), length: Sequence[str] = ()) -> Callable:
     """-> a function of the same signature that runs `implementation` on each device's own rows and heads (`jax.shard_map` over all automatic axes of the ambient mesh).
 
-    `batch` and `heads` name the mesh axes over which the batch and the heads are split, `length` those over which queries and keys are, for an implementation that knows of it; axes that the mesh lacks or that are manual already are left out. Where there are
-    fewer kv heads than head shards, each is repeated to fill them. No mesh, or one device: `implementation` itself. Raises ValueError where batch, N or K does not divide.
+    `batch` and `heads` name the mesh axes over which the batch and the heads are split, `length` those over which queries and keys are, for an implementation that knows of it;
+    axes that the mesh lacks or that are manual already are left out. Where there are fewer kv heads than head shards, each is repeated to fill them. No mesh, or one device:
+    `implementation` itself. Raises ValueError where batch, N, K or the length does not divide.
     """
     def call(q, k, v, *, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, slopes=None, **settings):
         mesh = jax.sharding.get_abstract_mesh()

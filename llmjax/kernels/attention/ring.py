@@ -22,7 +22,7 @@ TILE = 512
 KEPT = ("ring_out", "ring_lse")  # names of what the backward pass wants: a remat policy that saves them does not send the keys round a second time
 
 
-def ring(q, k, v, *, axis: str, zigzag: bool, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
+def ring(q, k, v, *, axis: str | tuple[str, ...], zigzag: bool, query_positions=None, key_positions=None, query_segments=None, key_segments=None,
          causal: bool, in_order: bool, window: int | None, softcap: float | None, scale: float, sinks=None, slopes=None) -> jax.Array:
     """The sum of `reference` over the whole row, for this device's queries: q [B, t, N, H], k [B, t, K, H], v [B, t, K, Hv] -> [B, t, N, Hv] in `q.dtype`.
 
@@ -51,7 +51,8 @@ def ring(q, k, v, *, axis: str, zigzag: bool, query_positions=None, key_position
     return exchange(out, axis, back=True) if turn else out
 
 
-def ulysses(implementation, q, k, v, *, axis: str, query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None, slopes=None, **settings) -> jax.Array:
+def ulysses(implementation, q, k, v, *, axis: str | tuple[str, ...], query_positions=None, key_positions=None, query_segments=None, key_segments=None, sinks=None,
+            slopes=None, **settings) -> jax.Array:
     """`implementation` over whole rows with a share of the heads: arguments and result as `ring`'s, in neighbouring pieces. N must be a multiple of n and K of n, or n of K (each
     kv head is then repeated to fill its devices). Raises ValueError where they are not."""
     n, K = jax.lax.axis_size(axis), k.shape[2]
@@ -67,7 +68,7 @@ def ulysses(implementation, q, k, v, *, axis: str, query_positions=None, key_pos
     return jax.lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
 
 
-def exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
+def exchange(x: jax.Array, axis: str | tuple[str, ...], back: bool = False) -> jax.Array:
     """x [B, t, …], a device's piece of a row: from neighbouring pieces to zigzag, or `back`. Each device sends both of its chunks once."""
     n = jax.lax.axis_size(axis)
     home = lambda chunk: min(chunk, 2 * n - 1 - chunk)
@@ -99,7 +100,7 @@ def _journeys(how, length) -> list[tuple[int, int]]:
 
 def _halves(how, mine: int, step: Any, direction: int):
     """-> the pairs (static pattern, query chunk, key chunk) of one step; chunks are 0, 1 or a traced choice. `step` 0: this device's own keys."""
-    total, axis, n = how
+    total, _, n = how
     causal, window = total.pattern.causal, total.pattern.window
     if not causal:
         return [(total.pattern, None, None)]
