@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
-from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
+from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, distributed, explain_sharding, from_layout, shardings
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
-FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard")     # what a run may change when it goes on
+FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")     # what a run may change when it goes on
 
 
 # train
@@ -29,15 +29,24 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
     """A training run in `workdir`, started or gone on with. -> its last evaluation and loss.
 
     The folder holds config.json, metrics.jsonl, data/ (tokenizer and shards), checkpoints/, hf/ (the model in Hugging Face layout), plots/loss.png.
+    Started in several processes (see core/cluster.py), it is one run of all of them: it must be called before jax is asked for its devices, and a process that fails ends the others.
     Raises ConfigError, DataError, ShardingError, CheckpointError, TrainingStopped.
     """
-    workdir = pathlib.Path(workdir)
-    config = remember(config, workdir)
+    with distributed.session(config) as together:
+        return train_together(config, pathlib.Path(workdir), together, quiet or jax.process_index() > 0)
+
+
+def train_together(config: RunConfig, workdir: pathlib.Path, together: distributed.Session, quiet: bool) -> dict[str, float]:
+    """This process's part of a run."""
     mesh = from_layout(config.layout)
     if config.batch_size % (batch_parts(mesh, config.layout.rules) * config.accumulate):
         raise ConfigError(f"batch_size={config.batch_size} does not divide over {batch_parts(mesh, config.layout.rules)} parts of the mesh in accumulate={config.accumulate} steps; "
                           "change batch_size or the layout")
-    corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
+    with together.first("data") as mine:
+        if mine:
+            remember(config, workdir)
+        corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
+    together.agree([f"the data of training = {corpus.train.fingerprint}"], "all processes must read the same sources, and see the same folder of the run")
     model = make_model(config, corpus.tokenizer)
     total = in_steps(config.steps, None, corpus.train.steps_per_epoch(config.batch_size), "steps")
 
@@ -51,26 +60,28 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
         places = None if mesh.size == 1 else shardings(labels, models.abstract_params(model), mesh, config.layout.rules)
         store = checkpoint.Store(workdir / "checkpoints", keep=config.keep)
         state, extra = start(model, optimizer, key, places, store)
-        loader = corpus.train.loader(config.batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+        place, part = placing(mesh, config)
+        loader = corpus.train.loader(config.batch_size, 0, *part)
         if extra:
             loader.set_state(extra["loader"])
         begun = int(state.step)
-        console = train.Console(total, begun, quiet or jax.process_index() > 0)
+        console = train.Console(total, begun, quiet)
         loggers = make_loggers(config, workdir, begun, console)
-        place = placing(mesh, config)
 
         def evaluate(params):
-            batches = corpus.validation.batches(config.batch_size, jax.process_index(), jax.process_count())
+            batches = corpus.validation.batches(config.batch_size, *part)
             return train.evaluate(model.apply, params, batches, corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
         peak, source = train.peak_flops(config.compute.dtype)
         if not quiet:
+            if len(together.hosts) > 1:
+                console.say(distributed.describe(together.hosts, mesh))
             announce(console, config, model, corpus, total, begun, peak, source)
         loop = train.Loop(
             step=train.make_step(model.apply, config.objective, optimizer, accumulate=config.accumulate, skip=config.guard.policy == "skip"),
             batches=loader, store=store, total=total, log_every=steps(config.log_every, "log_every") or 1, eval_every=steps(config.eval_every, "eval_every"),
             checkpoint_every=steps(config.checkpoint_every, "checkpoint_every"), evaluate=None if corpus.validation is None else evaluate, loggers=loggers, console=console,
             watch=train.Watch(config.guard, **extra.get("watch", {})), place=place, tokens_per_step=config.batch_size * config.context,
-            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule)
+            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule, enter=together.enter)
         try:
             state, whole = train.run(loop, state)
         finally:
@@ -84,7 +95,7 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
     return {k: v for row in rows for k, v in row.items()}
 
 
-def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+def remember(config: RunConfig, workdir: pathlib.Path) -> None:
     """Keeps the configuration in the run's folder; a folder that holds another run's is refused, but for the fields in FREE."""
     file = workdir / "config.json"
     if file.exists():
@@ -101,7 +112,6 @@ def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(to_json(config), indent=1))
     os.replace(part, file)
-    return config
 
 
 def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
@@ -132,12 +142,12 @@ def make_loggers(config: RunConfig, workdir: pathlib.Path, begun: int, console: 
     return (*found, train.TensorBoard(workdir / "tensorboard")) if config.tensorboard else found
 
 
-def placing(mesh: Any, config: RunConfig):
-    """A function that puts this process's rows of a batch on the devices."""
+def placing(mesh: Any, config: RunConfig) -> tuple[Any, tuple[int, int]]:
+    """-> (a function that puts this process's rows of a batch on the devices, which rows those are: the i-th of n parts)."""
     if mesh.size == 1:
-        return jax.device_put
-    sharding = batch_sharding(mesh, 2, config.layout.rules)
-    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        return jax.device_put, (0, 1)
+    sharding, shape = batch_sharding(mesh, 2, config.layout.rules), (config.batch_size, config.context)
+    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v, shape) for k, v in batch.items()}, distributed.share(sharding, shape)
 
 
 def announce(console: train.Console, config: RunConfig, model: models.Decoder, corpus: Any, total: int, begun: int, peak: float, source: str) -> None:
@@ -153,7 +163,9 @@ def finish(config: RunConfig, workdir: pathlib.Path, model: models.Decoder, para
     if jax.process_index() == 0:
         train.plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     pretrained.save(workdir / "hf", model, params, tokenizer)
-    if config.sample and not quiet and jax.process_index() == 0:
+    if config.sample and not quiet and jax.process_count() > 1:
+        print(f"sample: left out with several processes; llmjax generate --model={workdir} --prompt={config.sample!r}")
+    elif config.sample and not quiet:
         text = decode.generate(model, params, tokenizer, [config.sample], max_new_tokens=64, temperature=0.8, top_k=50, seed=config.seed)[0]
         print(f"sample: {config.sample}{text}")
     if not quiet:
