@@ -10,7 +10,6 @@ import jax
 
 from llmjax.checkpoint import families, quantized, safetensors_file
 from llmjax.checkpoint.table import exports
-from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import ModelConfig
 from llmjax.core.tree import flatten
 

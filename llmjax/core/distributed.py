@@ -29,7 +29,7 @@ DAY = 24 * 3600 * 1000                 # milliseconds; a wait that the heartbeat
 ROOMS = itertools.count()
 
 
-def initialize(timeouts: Distributed = Distributed()) -> list[str] | None:
+def initialize(timeouts: Distributed) -> list[str] | None:
     """Starts jax with the other processes of this run, where the environment says that there are any. -> "host, pid" of each, or None on one process.
 
     To be called before anything asks jax for its devices; calling it again changes nothing. Raises ConfigError (one line) where the environment is not complete, where a process does
@@ -42,7 +42,7 @@ def initialize(timeouts: Distributed = Distributed()) -> list[str] | None:
         return None
     from jax._src import xla_bridge
     if xla_bridge.backends_are_initialized():
-        raise ConfigError(f"process {place.index} of {place.count} ({place.source}): jax already uses its devices; call llmjax.core.distributed.initialize() before anything else")
+        raise ConfigError(f"process {place.index} of {place.count} ({place.source}): jax already uses its devices; start the run before anything else asks for them")
     hosts = roll_call(place, timeouts.start_timeout)
     seconds = max(10, round(timeouts.start_timeout))
 
@@ -121,7 +121,7 @@ def difference(mine: list[str], said: str, index: int, hosts: list[str]) -> str 
     code, theirs = json.loads(said)
     if code == digest(mine):
         return None
-    ours, others = (dict((*re.split(" [=:] ", line, maxsplit=1), "")[:2] for line in lines) for lines in (mine, theirs))
+    ours, others = ({(parts := re.split(" [=:] ", line, maxsplit=1))[0]: parts[-1] for line in lines} for lines in (mine, theirs))
     name = next(name for name in [*ours, *others] if ours.get(name) != others.get(name))
     return f"process {index} ({hosts[index]}) has {name} = {others.get(name, 'nothing')}, process 0 ({hosts[0]}) has {ours.get(name, 'nothing')}; "
 
@@ -188,7 +188,7 @@ def share(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple[int,
     """Which part of a batch [B, T] this process needs: (i, n), the i-th of n equal parts of its rows. That is not always its number among the processes: those that hold different
     parts of the weights, or of the length, need the same rows. (0, 1), all of them, where its rows do not stand together."""
     rows = shape[0]
-    spans = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    spans = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map(shape).values() if index is not None}
     start, stop = min(a for a, _ in spans), max(b for _, b in spans)
     size = stop - start
     together = sum(b - a for a, b in spans) == size and rows % size == 0 and start % size == 0

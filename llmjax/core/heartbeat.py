@@ -31,13 +31,14 @@ class Pulse:
 
     def __init__(self, client: Any, index: int, hosts: list[str], coordinator: str, timeouts: Distributed, room: str):
         self.client, self.index, self.hosts, self.coordinator, self.timeouts, self.room = client, index, hosts, coordinator, timeouts, room
-        self.interval = min(5.0, timeouts.heartbeat_timeout / 5)
+        self.interval = min(5.0, timeouts.heartbeat_timeout / 10)
+        self.patience = timeouts.heartbeat_timeout - 2 * self.interval     # a beat is seen an interval late, and so is the news of it
         self.step: int | None = None               # the step this process is in; None: in something else, which may take long
         self.answered = time.monotonic()           # when the service last answered
         self.over = threading.Event()
         self.seen: dict[int, tuple[str, float]] = {}       # of each process: its last beat, and when it changed
         self.moved = (frozenset[tuple[int, str]](), time.monotonic())      # the steps all were in, and when one of them changed
-        self.threads = [threading.Thread(target=work, name=f"llmjax {work.__name__}", daemon=True) for work in (self.beat, self.judge)]
+        self.threads = [threading.Thread(target=work, name=f"llmjax {work.__name__}", daemon=True) for work in ((self.beat, self.judge) if index else (self.beat,))]
 
     def start(self) -> None:
         on_abort(self.aborted)
@@ -69,8 +70,8 @@ class Pulse:
     def judge(self) -> None:
         """A thread: ends this process where the service, which process 0 holds, no longer answers at all."""
         while not self.over.wait(self.interval):
-            if time.monotonic() - self.answered > self.timeouts.heartbeat_timeout + self.interval and not self.over.is_set():
-                self.leave(f"{self.name(0)} has given no sign of life for {self.timeouts.heartbeat_timeout:g} s; this process stops")
+            if time.monotonic() - self.answered > self.patience and not self.over.is_set():
+                end(self.lost())
 
     def look(self) -> str | None:
         """What is wrong with the others, if anything."""
@@ -82,10 +83,10 @@ class Pulse:
         for i, beat in beats.items():
             if i not in self.seen or self.seen[i][0] != beat:
                 self.seen[i] = beat, now
-        silent = [i for i, (_, changed) in self.seen.items() if i != self.index and now - changed > self.timeouts.heartbeat_timeout]
+        silent = [i for i, (_, changed) in self.seen.items() if i != self.index and now - changed > self.patience]
         if silent:
             more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
-            return self.publish(f"{self.name(silent[0])}{more} has given no sign of life for {self.timeouts.heartbeat_timeout:g} s; the run stops")
+            return self.publish(f"{self.name(silent[0])}{more} gives no sign of life (distributed.heartbeat_timeout is {self.timeouts.heartbeat_timeout:g} s); the run stops")
         return self.publish(still) if self.index == 0 and (still := self.standing(beats, now)) else None
 
     def standing(self, beats: dict[int, str], now: float) -> str | None:
@@ -124,9 +125,9 @@ class Pulse:
     def fell(self, error: BaseException) -> None:
         """This process has failed: tells the others. Where the failure reads like the loss of another process, waits until that is known, which ends this process."""
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        if not isinstance(error, OSError) and LOST.search(text) and not type(error).__module__.startswith("llmjax"):
-            if self.over.wait(self.timeouts.heartbeat_timeout + 4 * self.interval):
-                threading.Event().wait(60)         # it is known, and this process is being ended
+        others = LOST.search(text) and not isinstance(error, OSError) and not type(error).__module__.startswith("llmjax")
+        if others and self.over.wait(self.timeouts.heartbeat_timeout + 4 * self.interval):
+            threading.Event().wait(60)             # it is known, and this process is being ended
         self.over.set()
         with contextlib.suppress(Exception):
             self.publish(f"{self.name(self.index)} failed: {text}")
@@ -138,10 +139,11 @@ class Pulse:
             with contextlib.suppress(Exception):
                 self.client.key_value_set(f"{self.room}/left/{self.index}", "", allow_overwrite=True)
             return
-        deadline = time.monotonic() + 3 * self.interval + 1
-        while time.monotonic() < deadline:
+        now = time.monotonic()
+        there = sum(now - changed <= self.patience / 2 for i, (_, changed) in self.seen.items() if i) if self.seen else len(self.hosts) - 1
+        while time.monotonic() < now + 3 * self.interval + 1:
             with contextlib.suppress(Exception):
-                if len(self.client.key_value_dir_get(f"{self.room}/left/")) >= len(self.hosts) - 1:
+                if len(self.client.key_value_dir_get(f"{self.room}/left/")) >= there:
                     return
             time.sleep(0.05)
 
@@ -153,10 +155,13 @@ class Pulse:
 
     def aborted(self) -> bool:
         """Asked when jax's own client is about to abort the process, as it does when the service goes away. -> whether that was it."""
-        if self.over.is_set() or answers(self.coordinator):
+        if self.over.is_set() or (answers(self.coordinator) and time.monotonic() - self.answered < self.patience / 2):
             return False
-        end(f"{self.name(0)} ended, or cannot be reached any more; this process stops")
+        end(self.lost())
         return True
+
+    def lost(self) -> str:
+        return f"{self.name(0)} gives no sign of life (distributed.heartbeat_timeout is {self.timeouts.heartbeat_timeout:g} s); this process stops"
 
 
 def end(wrong: str) -> None:

@@ -138,7 +138,8 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
         loop.enter(None)
         if stopped:
             save(loop, done, state, place)
-            loop.console.say(f"{interrupted.now}: saved at step {done} of {loop.total}; start the same command again to go on")
+            where = f"saved at step {done} of {loop.total}" if place is not None else "stopped before a step was done"
+            loop.console.say(f"{interrupted.now}: {where}; start the same command again to go on")
     return state, done >= loop.total
 
 
