@@ -26,7 +26,7 @@ FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_eve
 # train
 
 def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
-    """A training run in `workdir`, started or gone on with. -> its last evaluation and loss.
+    """A training run in `workdir`, started or gone on with. -> its last evaluation and loss, and `complete`: 0.0 where a signal stopped it before its end.
 
     The folder holds config.json, metrics.jsonl, data/ (tokenizer and shards), checkpoints/, hf/ (the model in Hugging Face layout), plots/loss.png.
     Started in several processes (see core/cluster.py), it is one run of all of them: it must be called before jax is asked for its devices, and a process that fails ends the others.
@@ -42,6 +42,7 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
     if config.batch_size % (batch_parts(mesh, config.layout.rules) * config.accumulate):
         raise ConfigError(f"batch_size={config.batch_size} does not divide over {batch_parts(mesh, config.layout.rules)} parts of the mesh in accumulate={config.accumulate} steps; "
                           "change batch_size or the layout")
+    together.agree([f"--workdir = {workdir}"], "all processes of a run share one folder")
     with together.first("data") as mine:
         if mine:
             remember(config, workdir)
@@ -92,7 +93,7 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
         if whole:
             finish(config, workdir, model, state.params, corpus.tokenizer, quiet)
     rows = train.read_rows(workdir / "metrics.jsonl")
-    return {k: v for row in rows for k, v in row.items()}
+    return {**{k: v for row in rows for k, v in row.items()}, "complete": float(whole)}
 
 
 def remember(config: RunConfig, workdir: pathlib.Path) -> None:
