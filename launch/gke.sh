@@ -25,7 +25,7 @@ export NAME IMAGE SLICES="${SLICES:-1}" RESTARTS="${RESTARTS:-10}" QUEUE="${QUEU
 if [[ -n "$xpk" ]]; then
     : "${CLUSTER:?is wanted: the XPK cluster}" "${TPU_TYPE:?is wanted, such as v5litepod-64}"
     call=(xpk workload create --workload="$NAME" --cluster="$CLUSTER" --tpu-type="$TPU_TYPE" --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts="$RESTARTS" --command="$(printf '%q ' "$@")")
-    if [[ -n "$dry" ]]; then printf '+ '; printf '%q ' "${call[@]}"; echo; else "${call[@]}"; fi
+    if [[ -n "$dry" ]]; then echo "+ $(printf '%q ' "${call[@]}")"; else "${call[@]}"; fi
     exit
 fi
 

@@ -43,7 +43,7 @@ def show(number: int, pipe) -> None:
 def wait(processes: list[subprocess.Popen], grace: float) -> int:
     """-> the status of the first process that failed, or 0."""
     first, deadline = 0, None
-    while any(p.poll() is None for p in processes):
+    while None in [p.poll() for p in processes]:
         failed = next((i for i, p in enumerate(processes) if p.returncode), None)
         if failed is not None and deadline is None:
             first, deadline = processes[failed].returncode, time.monotonic() + grace

@@ -18,7 +18,7 @@ if [[ "${1:-}" == "--dry-run" ]]; then dry=1; shift; fi
 if [[ $# -eq 0 ]]; then echo "usage: sbatch $0 [--dry-run] COMMAND" >&2; exit 2; fi
 call=(srun --kill-on-bad-exit=1 --wait=120 "$@")
 if [[ -n "$dry" ]]; then
-    printf '+ '; printf '%q ' "${call[@]}"; echo
+    echo "+ $(printf '%q ' "${call[@]}")"
     echo "+ scontrol requeue \$SLURM_JOB_ID      # where the status is 75: saved and stopped before its end"
     exit
 fi

@@ -17,7 +17,7 @@ slices="${SLICES:-1}" retries="${RETRIES:-3}"
 command="LLMJAX_STOPPED_STATUS=75 $(printf '%q ' "$@")"      # a run that SIGTERM ended before its end has not succeeded
 
 run() {                                    # a command, or its text in a dry run
-    if [[ -n "$dry" ]]; then printf '+ '; printf '%q ' "$@"; echo; else "$@"; fi
+    if [[ -n "$dry" ]]; then echo "+ $(printf '%q ' "$@")"; else "$@"; fi
 }
 
 state() {
