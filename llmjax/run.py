@@ -42,7 +42,7 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
     if config.batch_size % (batch_parts(mesh, config.layout.rules) * config.accumulate):
         raise ConfigError(f"batch_size={config.batch_size} does not divide over {batch_parts(mesh, config.layout.rules)} parts of the mesh in accumulate={config.accumulate} steps; "
                           "change batch_size or the layout")
-    together.agree([f"--workdir = {workdir}"], "all processes of a run share one folder")
+    together.meet(workdir)
     with together.first("data") as mine:
         if mine:
             remember(config, workdir)
@@ -109,7 +109,6 @@ def remember(config: RunConfig, workdir: pathlib.Path) -> None:
             old, new = as_text(same), as_text(config)
             first = next((f"{b.split(' = ')[0]} was {a.split(' = ')[-1]}, now {b.split(' = ')[-1]}" for a, b in zip(old, new) if a != b), "their shapes differ")
             raise ConfigError(f"{workdir}: holds a run of another configuration ({first}); use another --workdir, or the same configuration")
-    workdir.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(to_json(config), indent=1))
     os.replace(part, file)

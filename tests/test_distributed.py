@@ -176,7 +176,8 @@ def test_processes_that_differ_are_told_apart(tmp_path):
         for status, said in both((tmp_path / "a", one), (tmp_path / "a", two)):
             assert status == 2 and "llmjax: process 1 (" in last_line(said) and field in last_line(said), said[-800:]
     for status, said in both((tmp_path / "a", ()), (tmp_path / "b", ())):
-        assert status == 2 and "--workdir = " in last_line(said) and "one folder" in last_line(said), said[-800:]
+        assert status == 2 and f"--workdir = {tmp_path / 'b'}, process 0" in last_line(said) and "one folder" in last_line(said), said[-800:]
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):

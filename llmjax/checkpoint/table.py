@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.checkpoint import patterns
@@ -346,4 +347,8 @@ def gather(x: jax.Array, layer: int | None = None) -> np.ndarray:
 
 
 def pick(x: jax.Array, layer: jax.Array | None) -> jax.Array:
-    return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    """x, or x[layer] as a sum over one-hot layers: where the layers are divided among devices an index would first bring all of them to each."""
+    if layer is None:
+        return x
+    here = (jnp.arange(x.shape[0]) == layer).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(here, x, 0).sum(0, dtype=x.dtype)

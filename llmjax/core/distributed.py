@@ -12,8 +12,10 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ import jax
 from llmjax.core import cluster, heartbeat
 from llmjax.core.errors import ConfigError
 from llmjax.core.override import as_text
-from llmjax.core.roll_call import roll_call, whoami
+from llmjax.core.roll_call import pauses, roll_call, whoami
 from llmjax.core.run_config import Distributed, RunConfig
 
 DAY = 24 * 3600 * 1000                 # milliseconds; a wait that the heartbeat watches over needs no limit of its own
@@ -110,6 +112,28 @@ class Session:
             raise ConfigError(f"the processes could not compare what they run within {seconds:g} s (distributed.start_timeout): {str(error).splitlines()[0]}") from error
         if found:
             raise ConfigError(found + way if index == 0 else found)
+
+
+    def meet(self, folder: pathlib.Path) -> None:
+        """Makes a run's folder. Raises ConfigError, on every process the same, where one sees another folder than process 0, as on hosts that share no file system."""
+        if self.pulse is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        key, line = f"llmjax/folder/{next(ROOMS)}", f"--workdir = {folder}"
+        if self.pulse.index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            sign = folder / f".process-0-{secrets.token_hex(4)}"
+            sign.touch()
+            self.pulse.client.key_value_set(key, json.dumps([sign.name, line]))
+        else:
+            name, theirs = json.loads(self.pulse.client.blocking_key_value_get(key, round(1000 * self.timeouts.start_timeout)))
+            if any((folder / name).exists() for _ in pauses(time.monotonic() + 10)):       # network file systems show new files late
+                line = theirs
+        try:
+            self.agree([line], "all processes must see one folder, on a file system that their hosts share")
+        finally:
+            if self.pulse.index == 0:
+                sign.unlink(missing_ok=True)
 
 
 def digest(lines: list[str]) -> str:
