@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
 
     p = add("train", "A run's folder holds config.json, metrics.jsonl, checkpoints/, hf/ (the model in Hugging Face layout) and plots/.\n"
-                     "example: llmjax train --config=configs/quickstart.py:size=tiny --config.steps=20 --workdir=runs/a")
+                     "example: llmjax train --config=configs/quickstart.py:size=tiny --config.steps=20 --workdir=runs/a\n\n"
+                     "SIGTERM and Ctrl-C save a checkpoint and end it (with status LLMJAX_STOPPED_STATUS, 0 unless set). Several processes, on one host or many, make one run: see launch/.")
     configured(p)
     p.add_argument("--workdir", metavar="DIR", help="the run's folder (runs/NAME of the configuration)")
     p.add_argument("--quiet", action="store_true", help="no progress, no sample")
@@ -189,9 +190,11 @@ def knobs(args: argparse.Namespace) -> dict[str, Any]:
 
 def on_train(args: argparse.Namespace, overrides: list[str]) -> int:
     config = read_config(args, overrides)
+    import os
+
     from llmjax import run
-    run.train_model(config, workdir_of(args), quiet=args.quiet)
-    return 0
+    found = run.train_model(config, workdir_of(args), quiet=args.quiet)
+    return 0 if found["complete"] else int(os.environ.get("LLMJAX_STOPPED_STATUS", "0"))
 
 
 def on_generate(args: argparse.Namespace, _: list[str]) -> int:

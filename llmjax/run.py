@@ -14,28 +14,38 @@ import jax
 import numpy as np
 
 from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
-from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_sharding, check_batch, explain_sharding, from_layout, shardings
+from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_sharding, check_batch, distributed, explain_sharding, from_layout, shardings
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
-FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard")     # what a run may change when it goes on
+FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")     # what a run may change when it goes on
 
 
 # train
 
 def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
-    """A training run in `workdir`, started or gone on with. -> its last evaluation and loss.
+    """A training run in `workdir`, started or gone on with. -> its last evaluation and loss, and `complete`: 0.0 where a signal stopped it before its end.
 
     The folder holds config.json, metrics.jsonl, data/ (tokenizer and shards), checkpoints/, hf/ (the model in Hugging Face layout), plots/loss.png.
+    Started in several processes (see core/cluster.py), it is one run of all of them: it must be called before jax is asked for its devices, and a process that fails ends the others.
     Raises ConfigError, DataError, ShardingError, CheckpointError, TrainingStopped.
     """
-    workdir = pathlib.Path(workdir)
-    config = remember(config, workdir)
+    with distributed.session(config) as together:
+        return train_together(config, pathlib.Path(workdir), together, quiet or jax.process_index() > 0)
+
+
+def train_together(config: RunConfig, workdir: pathlib.Path, together: distributed.Session, quiet: bool) -> dict[str, float]:
+    """This process's part of a run."""
     mesh = from_layout(config.layout)
     check_batch(config.batch_size, config.accumulate, config.context, mesh, config.layout)
-    corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
+    together.meet(workdir)
+    with together.first("data") as mine:
+        if mine:
+            remember(config, workdir)
+        corpus = data.build(config.data, workdir / "data", context=config.context, seed=config.seed, progress=not quiet)
+    together.agree([f"the data of training = {corpus.train.fingerprint}"], "all processes must read the same sources, and see the same folder of the run")
     model = make_model(config, corpus.tokenizer)
     total = in_steps(config.steps, None, corpus.train.steps_per_epoch(config.batch_size), "steps")
 
@@ -49,26 +59,28 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
         places = None if mesh.size == 1 else shardings(labels, models.abstract_params(model), mesh, config.layout.rules)
         store = checkpoint.Store(workdir / "checkpoints", keep=config.keep)
         state, extra = start(model, optimizer, key, places, store)
-        loader = corpus.train.loader(config.batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+        place, part = placing(mesh, config)
+        loader = corpus.train.loader(config.batch_size, 0, *part)
         if extra:
             loader.set_state(extra["loader"])
         begun = int(state.step)
-        console = train.Console(total, begun, quiet or jax.process_index() > 0)
+        console = train.Console(total, begun, quiet)
         loggers = make_loggers(config, workdir, begun, console)
-        place = placing(mesh, config)
 
         def evaluate(params):
-            batches = corpus.validation.batches(config.batch_size, jax.process_index(), jax.process_count())
+            batches = corpus.validation.batches(config.batch_size, *part)
             return train.evaluate(model.apply, params, batches, corpus.tokenizer.token_lengths(), model.config.vocab_size, place)
         peak, source = train.peak_flops(config.compute.dtype)
         if not quiet:
+            if len(together.hosts) > 1:
+                console.say(distributed.describe(together.hosts, mesh))
             announce(console, config, model, corpus, total, begun, peak, source)
         loop = train.Loop(
             step=train.make_step(model.apply, config.objective, optimizer, accumulate=config.accumulate, skip=config.guard.policy == "skip"),
             batches=loader, store=store, total=total, log_every=steps(config.log_every, "log_every") or 1, eval_every=steps(config.eval_every, "eval_every"),
             checkpoint_every=steps(config.checkpoint_every, "checkpoint_every"), evaluate=None if corpus.validation is None else evaluate, loggers=loggers, console=console,
             watch=train.Watch(config.guard, **extra.get("watch", {})), place=place, tokens_per_step=config.batch_size * config.context,
-            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule)
+            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule, enter=together.enter)
         try:
             state, whole = train.run(loop, state)
         finally:
@@ -79,10 +91,10 @@ def train_model(config: RunConfig, workdir: str | pathlib.Path, *, quiet: bool =
         if whole:
             finish(config, workdir, model, state.params, corpus.tokenizer, quiet)
     rows = train.read_rows(workdir / "metrics.jsonl")
-    return {k: v for row in rows for k, v in row.items()}
+    return {**{k: v for row in rows for k, v in row.items()}, "complete": float(whole)}
 
 
-def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+def remember(config: RunConfig, workdir: pathlib.Path) -> None:
     """Keeps the configuration in the run's folder; a folder that holds another run's is refused, but for the fields in FREE."""
     file = workdir / "config.json"
     if file.exists():
@@ -95,11 +107,9 @@ def remember(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
             old, new = as_text(same), as_text(config)
             first = next((f"{b.split(' = ')[0]} was {a.split(' = ')[-1]}, now {b.split(' = ')[-1]}" for a, b in zip(old, new) if a != b), "their shapes differ")
             raise ConfigError(f"{workdir}: holds a run of another configuration ({first}); use another --workdir, or the same configuration")
-    workdir.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(to_json(config), indent=1))
     os.replace(part, file)
-    return config
 
 
 def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
@@ -130,12 +140,12 @@ def make_loggers(config: RunConfig, workdir: pathlib.Path, begun: int, console: 
     return (*found, train.TensorBoard(workdir / "tensorboard")) if config.tensorboard else found
 
 
-def placing(mesh: Any, config: RunConfig):
-    """A function that puts this process's rows of a batch on the devices."""
+def placing(mesh: Any, config: RunConfig) -> tuple[Any, tuple[int, int]]:
+    """-> (a function that puts this process's rows of a batch on the devices, which rows those are: the i-th of n parts)."""
     if mesh.size == 1:
-        return jax.device_put
-    sharding = batch_sharding(mesh, 2, config.layout.rules)
-    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        return jax.device_put, (0, 1)
+    sharding, shape = batch_sharding(mesh, 2, config.layout.rules), (config.batch_size, config.context)
+    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v, shape) for k, v in batch.items()}, distributed.share(sharding, shape)
 
 
 def announce(console: train.Console, config: RunConfig, model: models.Decoder, corpus: Any, total: int, begun: int, peak: float, source: str) -> None:
@@ -151,7 +161,9 @@ def finish(config: RunConfig, workdir: pathlib.Path, model: models.Decoder, para
     if jax.process_index() == 0:
         train.plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     pretrained.save(workdir / "hf", model, params, tokenizer)
-    if config.sample and not quiet and jax.process_index() == 0:
+    if config.sample and not quiet and jax.process_count() > 1:
+        print(f"sample: left out with several processes; llmjax generate --model={workdir} --prompt={config.sample!r}")
+    elif config.sample and not quiet:
         text = decode.generate(model, params, tokenizer, [config.sample], max_new_tokens=64, temperature=0.8, top_k=50, seed=config.seed)[0]
         print(f"sample: {config.sample}{text}")
     if not quiet:

@@ -10,7 +10,6 @@ import jax
 
 from llmjax.checkpoint import families, quantized, safetensors_file
 from llmjax.checkpoint.table import exports
-from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import ModelConfig
 from llmjax.core.tree import flatten
 
@@ -34,7 +33,7 @@ def write(folder: pathlib.Path, config: ModelConfig, params: Any, others: Callab
           progress: Callable[[str], None] | None = None) -> None:
     """Writes a model in Hugging Face layout, in the dtype of its parameters; nothing that stands there changes unless all of it could be written.
 
-    params: the parameter tree (array leaves are made dense). others: writes further files (a tokenizer's) into the folder it is given.
+    params: the parameter tree (array leaves are made dense; of several processes all must call this, and process 0 writes). others: writes further files (a tokenizer's) into the folder it is given.
     Raises CheckpointError where the family cannot express the model, and where the disk is full.
     """
     dtypes = sorted({str(leaf.dtype) for leaf in flatten(params).values()})
@@ -48,6 +47,8 @@ def write(folder: pathlib.Path, config: ModelConfig, params: Any, others: Callab
         if others:
             others(scratch)
 
-    if jax.process_count() > 1:
-        raise CheckpointError("a Hugging Face folder is written by a run on one process; convert the checkpoint afterwards with llmjax convert")
+    if jax.process_index() > 0:
+        for tensor in tensors:         # process 0 writes; what lies on several processes is brought to it by all
+            tensor.make()
+        return
     safetensors_file.write_folder(folder, tensors, rest, shard_bytes, progress)

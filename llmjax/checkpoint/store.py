@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.checkpoint.safetensors_file import is_full
+from llmjax.core.distributed import barrier
 from llmjax.core.errors import CheckpointError
 from llmjax.core.tree import path_name
 
@@ -63,6 +64,7 @@ class Store:
             for left in self.folder.iterdir():         # what a killed run was writing
                 if TEMPORARY.fullmatch(left.name):
                     shutil.rmtree(left, ignore_errors=True)
+        barrier("store")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "extra"))
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.checkpoint import patterns
@@ -310,20 +311,44 @@ class Export:
 
 
 def exports(table: Table, params: Tree) -> list[Export]:
-    """The tensors of a file out of our parameters (array leaves are made dense), one at a time when asked. Raises CheckpointError for a parameter the table cannot place."""
+    """The tensors of a file out of our parameters (array leaves are made dense), one at a time when asked. Raises CheckpointError for a parameter the table cannot place.
+
+    Where parameters lie on several processes, all of them must make every tensor, in order: a layer of a parameter is brought to all hosts at a time, and no more.
+    """
     flat = flatten(params)
-    for name, leaf in flat.items():
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            raise CheckpointError(f"the parameter {name!r} lies on several processes; gather it, or save from a run on one process")
 
     @functools.lru_cache(maxsize=max((len(row.paths) for row in table.rows), default=1))
-    def host(name: str) -> np.ndarray:
-        return np.asarray(dense(flat[name]))
+    def host(name: str, layer: int | None) -> np.ndarray:
+        x = dense(flat[name])
+        return gather(x, layer) if apart(flat[name]) else np.asarray(x)
+
+    def part(name: str, at: tuple[int, ...]) -> np.ndarray:
+        return host(name, at[0])[at[1:]] if at and apart(flat[name]) else host(name, None)[at]
 
     def make(cell: Cell) -> np.ndarray:
-        xs = [host(name)[at] for name, at in cell.parts]
+        xs = [part(name, at) for name, at in cell.parts]
         if cell.row.added:
             xs = [(x.astype(np.float32) + np.float32(cell.row.added)).astype(x.dtype) for x in xs]
         return patterns.join(xs, patterns.parse(cell.row.pattern), cell.pieces) if cell.pieces is not None else xs[0]
 
     return [Export(cell.name, cell.shape, np.dtype(flat[cell.parts[0][0]].dtype), functools.partial(make, cell)) for cell in choose(table, flat)]
+
+
+def apart(leaf: Any) -> bool:
+    """Whether an array, or one of an array leaf's, lies on several processes, none of which has all of it."""
+    return any(isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated for x in jax.tree.leaves(leaf))
+
+
+def gather(x: jax.Array, layer: int | None = None) -> np.ndarray:
+    """An array that lies on several processes, or x[layer], on every host. All processes must call it."""
+    assert isinstance(x.sharding, jax.sharding.NamedSharding)
+    whole = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(jax.jit(pick, out_shardings=whole)(x, None if layer is None else np.int32(layer)))
+
+
+def pick(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """x, or x[layer] as a sum over one-hot layers: where the layers are divided among devices an index would first bring all of them to each."""
+    if layer is None:
+        return x
+    here = (jnp.arange(x.shape[0]) == layer).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(here, x, 0).sum(0, dtype=x.dtype)

@@ -7,10 +7,10 @@ from llmjax.core.mesh import Layout, batch_parts, batch_sharding, check_batch, c
 from llmjax.core.model_config import Attention, GatedDelta, Layer, LayerInputs, LinearAttention, MixtureOfExperts, Mlp, ModelConfig, Norm, QKNorm, find_cycle, unrolled
 from llmjax.core.platform import partitioned, platform
 from llmjax.core.positions import Rope
-from llmjax.core.run_config import Adafactor, AdamW, Compute, Constant, Guard, Linear, Lion, Muon, RunConfig, WarmupCosine, WarmupStableDecay
+from llmjax.core.run_config import Adafactor, AdamW, Compute, Constant, Distributed, Guard, Linear, Lion, Muon, RunConfig, WarmupCosine, WarmupStableDecay
 
 __all__ = [
-    "Adafactor", "AdamW", "Attention", "CheckpointError", "Compute", "ConfigError", "Constant", "DataError", "GatedDelta", "Guard", "Int8",
+    "Adafactor", "AdamW", "Attention", "CheckpointError", "Compute", "ConfigError", "Constant", "DataError", "Distributed", "GatedDelta", "Guard", "Int8",
     "Joined", "Label", "Layer", "LayerInputs", "Layout", "Linear", "LinearAttention", "Lion", "Lora",
     "MissingExtra", "MixtureOfExperts", "Mlp", "ModelConfig", "Muon", "Norm", "QKNorm", "Rope", "RunConfig", "ShardingError", "Transposed", "WarmupCosine", "WarmupStableDecay",
     "add_lora", "batch_parts", "batch_sharding", "check_batch", "constrain", "contract", "dense", "dot", "dots", "explain_sharding", "find_cycle", "free_axes", "from_layout", "is_leaf", "join",

@@ -129,6 +129,21 @@ class Guard:
 
 
 @dc.dataclass(frozen=True)
+class Distributed:
+    """How long, in seconds, the processes of a run wait for each other before one line says which is missing. One process waits for nobody."""
+    start_timeout: float = 300.0       # for all to come when the run starts
+    heartbeat_timeout: float = 60.0    # without a sign of life of a process
+    step_timeout: float | None = 1800.0        # in one step, evaluation and checkpoints apart; None: no limit
+
+    def __post_init__(self):
+        check_fields(self)
+        for field in dc.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"distributed.{field.name}={value!r}: seconds above 0 are wanted")
+
+
+@dc.dataclass(frozen=True)
 class RunConfig:
     """One training run. `data`, `objective`: see the module's docstring. `context` and `batch_size` are tokens per row and rows per step over all devices."""
     model: ModelConfig
@@ -150,6 +165,7 @@ class RunConfig:
     keep: int = 3                      # how many checkpoints stay
     tensorboard: bool = False
     sample: str | None = None          # a prompt to continue when the run ends
+    distributed: Distributed = Distributed()
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "context", "keep"):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llmjax.core import CheckpointError
 from llmjax.train.guard import TrainingStopped, Watch
@@ -50,10 +51,14 @@ class Loop:
     peak_flops: float
     learning_rate: Callable[[int], float]
     frozen: Any = None
+    enter: Callable[[int | None], None] = lambda step: None      # told which step begins; None: something that may take long
 
 
 class Interrupted:
-    """While it is entered, SIGTERM and Ctrl-C set `now` instead of ending the process; a second Ctrl-C ends it."""
+    """While it is entered, SIGTERM and Ctrl-C set `now` instead of ending the process; a second Ctrl-C ends it.
+
+    Of several processes one may be told to stop: jax's coordination service, which has taken over SIGTERM there, carries it to the others and finds a step that none is past.
+    """
 
     def __init__(self):
         self.now: str | None = None
@@ -61,13 +66,24 @@ class Interrupted:
 
     def __enter__(self) -> Interrupted:
         if threading.current_thread() is threading.main_thread():
-            self.before = {sig: signal.signal(sig, self.note) for sig in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {sig: signal.signal(sig, self.note) for sig in ((signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT))}
         return self
 
     def note(self, sig: int, _frame: Any) -> None:
         if self.now and sig == signal.SIGINT:
             raise KeyboardInterrupt
         self.now = signal.Signals(sig).name
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stops(self, step: int) -> bool:
+        """Whether to stop after `step` steps: to be asked once after each, by all processes, which get the same answer."""
+        if jax.process_count() == 1:
+            return self.now is not None
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.now = self.now or signal.SIGTERM.name
+            return True
+        return False
 
     def __exit__(self, *_: Any) -> None:
         for sig, handler in self.before.items():
@@ -90,9 +106,11 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
             waiting = None
             report(loop, clock, step, {k: float(v) for k, v in metrics.items()})
 
+    stopped = False
     with Interrupted() as interrupted:
         batch, place = loop.place(next(loop.batches)) if done < loop.total else None, None
-        while done < loop.total and not interrupted.now:
+        while done < loop.total and not (stopped := interrupted.stops(done)):
+            loop.enter(done + 1)
             limit: Any = loop.watch.limit()
             if limit is not None:
                 settle()
@@ -106,6 +124,7 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
             saving = done == loop.total or (loop.checkpoint_every and done % loop.checkpoint_every == 0)
             if saving or evaluating:
                 settle()
+                loop.enter(None)
             if saving:
                 save(loop, done, state, place)
             if evaluating:
@@ -116,9 +135,11 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
             if done < loop.total:
                 batch = loop.place(next(loop.batches))
         settle()
-        if interrupted.now and done < loop.total:
+        loop.enter(None)
+        if stopped:
             save(loop, done, state, place)
-            loop.console.say(f"{interrupted.now}: saved at step {done} of {loop.total}; start the same command again to go on")
+            where = f"saved at step {done} of {loop.total}" if place is not None else "stopped before a step was done"
+            loop.console.say(f"{interrupted.now}: {where}; start the same command again to go on")
     return state, done >= loop.total
 
 
@@ -129,6 +150,8 @@ def save(loop: Loop, done: int, state: State, place: Any) -> None:
     try:
         loop.store.save(done, state, {"loader": place, "watch": loop.watch.state()})
     except CheckpointError as error:
+        if jax.process_count() > 1:    # the others have this checkpoint, or wait for it
+            raise
         loop.console.say(f"step {done}: {error}; training goes on")
 
 

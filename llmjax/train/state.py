@@ -27,7 +27,9 @@ def init(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -
     places = jax.tree.map(lambda x: x.sharding, like) if mesh_of(params) is not None else None
     opt_state = jax.jit(optimizer.init, out_shardings=None if places is None else places.opt_state)(params)
     step = jnp.zeros((), jnp.int32)
-    return State(step, params, opt_state, key) if places is None else State(jax.device_put(step, places.step), params, opt_state, jax.device_put(key, places.key))
+    if places is not None:             # compiled: device_put does not reach the devices of other processes
+        step, key = jax.jit(lambda *x: x, out_shardings=(places.step, places.key))(step, key)
+    return State(step, params, opt_state, key)
 
 
 def abstract(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> State:

@@ -254,3 +254,19 @@ def test_sharded_places_hold_the_same_numbers(portion, monkeypatch):
     written = {e.name: e.make() for e in exports(TABLE, params)}
     assert all(np.array_equal(written[name], x) for name, x in source.tensors.items())
     assert portion < 1000 or source.reads == len(source.tensors) + 6      # each tensor once, the fused one once for each of its two parameters
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
+def test_a_layer_is_gathered_alone():
+    """Bit for bit, and without all layers of a parameter on any device, however it is divided."""
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    mesh = jax.make_mesh((4, 2), ("stage", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    whole = NamedSharding(mesh, PartitionSpec())
+    for dtype in (np.float32, jnp.bfloat16, np.int8):
+        numbers = np.random.default_rng(0).normal(size=(8, 6, 4)) * 30
+        for spec in (PartitionSpec("stage"), PartitionSpec(None, "fsdp"), PartitionSpec("stage", None, "fsdp")):
+            x = jax.device_put(jnp.asarray(numbers, dtype), NamedSharding(mesh, spec))
+            np.testing.assert_array_equal(table.gather(x, 3), np.asarray(x)[3])
+            np.testing.assert_array_equal(table.gather(x), np.asarray(x))
+            text = jax.jit(table.pick, out_shardings=whole).lower(x, np.int32(3)).compile().as_text()
+            assert "[8,6,4]" not in text.split("ENTRY")[1]
