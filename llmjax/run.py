@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
+from llmjax import checkpoint, data, decode, models, plan, pretrained, tokenizers, train
 from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_parts, batch_sharding, explain_sharding, from_layout, shardings
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
@@ -312,3 +312,11 @@ def show_model(name: str) -> str:
     config, _, _ = pretrained.open_checkpoint(pretrained.locate(name))
     parameters = size(models.abstract_params(models.build(config)))
     return "\n".join([*as_text(config, "model"), f"parameters: {parameters:,}"])
+
+
+# plan
+
+def plan_model(name: str, context: int | None = None) -> plan.Report:
+    """Figures of a published size, or of a checkpoint."""
+    config = checkpoint.presets.published(name) if name in checkpoint.presets.PUBLISHED else pretrained.open_checkpoint(pretrained.locate(name))[0] if looks_local(name) else checkpoint.presets.published(name)
+    return plan.of_model(name, config, context)
