@@ -317,6 +317,16 @@ def show_model(name: str) -> str:
 # plan
 
 def plan_model(name: str, context: int | None = None) -> plan.Report:
-    """Figures of a published size, or of a checkpoint."""
-    config = checkpoint.presets.published(name) if name in checkpoint.presets.PUBLISHED else pretrained.open_checkpoint(pretrained.locate(name))[0] if looks_local(name) else checkpoint.presets.published(name)
-    return plan.of_model(name, config, context)
+    """Figures of a published size, or of a checkpoint without its weights."""
+    known = name in checkpoint.presets.PUBLISHED
+    if not known and "/" not in name and not pathlib.Path(name).exists() and name not in checkpoint.fetch.KNOWN and not name.startswith("hf:"):
+        checkpoint.presets.published(name)             # raises, naming the nearest
+    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context)
+
+
+def plan_run(config: RunConfig, topology: str | None = None, *, price: float | None = None, mfu: float | None = None, search: bool = False, compile: bool = False,
+             dump: str | pathlib.Path | None = None) -> plan.Report:
+    """Memory, traffic, time and cost of a run on chips that need not be there; with `compile` also what the TPU compiler says of its train step.
+    Raises ConfigError, ShardingError, MissingExtra where libtpu is wanted and not installed."""
+    found, job, estimated = plan.of_run(config, topology, price=price, mfu=mfu, search_front=search)
+    return plan.compiled(found, job, estimated, dump) if compile else found
