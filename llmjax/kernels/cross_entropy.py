@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 from llmjax.core.mesh import RULES, mesh_axes
 from llmjax.core.platform import platform
 
-CHUNK = 512  # positions of every row a chunk; on a CPU tokens a chunk, whose logits then stay near its caches
+CHUNK = 1024  # tokens a chunk on each device: enough to be worth reading the head for, while their logits are small beside it
+CHUNK_CPU = 512  # their logits stay near the caches
 
 
 def chunked_cross_entropy(unembed: Callable, head_params, features: jax.Array, targets: jax.Array, weights: jax.Array, *,
@@ -28,7 +29,7 @@ def chunked_cross_entropy(unembed: Callable, head_params, features: jax.Array, t
     """-> (total, z_total), float32 sums over the tokens of w · (cross entropy + z_loss · log²Z) and, for the metrics and without a gradient, of its second term alone.
 
     Cross entropy against (1 − label_smoothing) one-hot + label_smoothing / V (arXiv:1512.00567 section 7); Z is the softmax's denominator (z-loss: PaLM, arXiv:2204.02311
-    section 5). chunk: positions of every row at a time; None: 512, on a CPU as many as make 512 tokens.
+    section 5). chunk: positions of every row at a time; None: as many as make 1,024 tokens on each device, on a CPU 512.
     `unembed(head_params, x [B, t, D]) -> logits [B, t, V]`; features [B, T, D], targets int [B, T], weights float [B, T] (a target outside 0 … V − 1 is no token: give it
     weight 0).
     `head_params` may be the whole tree of a model: leaves that `unembed` does not read, and those that nobody differentiates, cost nothing. Differentiable in head_params,
@@ -58,7 +59,7 @@ def _check(features, targets, chunk, *weights):
         if features.ndim != 3 or array.shape != features.shape[:2]:
             raise ValueError(f"cross entropy: features {list(features.shape)} and {name} {list(array.shape)}; they must be [B, T, D] and [B, T]")
     if chunk is None:
-        return CHUNK if platform() != "cpu" else max(1, CHUNK // features.shape[0])
+        return max(1, (CHUNK_CPU if platform() == "cpu" else CHUNK) * _Share(features).rows // features.shape[0])
     if chunk < 1:
         raise ValueError(f"cross entropy: chunk={chunk}; it must be at least 1")
     return chunk
@@ -128,9 +129,9 @@ class _Share:
         B, T = x.shape[:2]
         return self.pin(x.reshape(self.rows, B // self.rows, self.columns, T // self.columns, *x.shape[2:]).swapaxes(1, 2))
 
-    def start(self, shape):
+    def start(self, shape, dtype=jnp.float32):
         """Zeros to add a part's own sums to."""
-        return self.pin(jnp.zeros((self.rows, self.columns, *shape), jnp.float32)) if self.lead else jnp.zeros(shape, jnp.float32)
+        return self.pin(jnp.zeros((self.rows, self.columns, *shape), dtype)) if self.lead else jnp.zeros(shape, dtype)
 
     def total(self, x, dtype=jnp.float32):
         """The parts' sums added up, between devices in `dtype`."""
@@ -193,11 +194,11 @@ def _forward(head, settings, leaves, features, targets, weights):
         hot = jax.lax.broadcasted_iota(t.dtype, logits.shape, 2) == t[..., None]
         slope = probs * (1.0 + 2.0 * z_loss * log_z[..., None]) - (1.0 - smoothing) * hot - smoothing / logits.shape[-1]
         more, dx = pull((slope * w[..., None]).astype(logits.dtype))
-        grads = [a + b.astype(jnp.float32) for a, b in zip(grads, more)]
+        grads = [a + b.astype(a.dtype) for a, b in zip(grads, more)]
         return (total + (w * (ce + z)).sum(), z_total + (w * z).sum(), grads), (dx, ce + z)
-    start = (share.start(()), share.start(()), [share.start(v.shape) for v, f in zip(values, flags) if f])
+    between = features.dtype if platform() == "tpu" and share.lead else jnp.float32          # what the other gradients cross the wires in, where they do
+    start = (share.start(()), share.start(()), [share.start(v.shape, between) for v, f in zip(values, flags) if f])
     (total, z_total, grads), (dx, each) = share.fold(one, start, chunk, features, targets, weights.astype(jnp.float32))
-    between = features.dtype if platform() == "tpu" else jnp.float32          # what crosses the wires there is what the other gradients cross in
     done = iter(share.total(g, between).astype(v.dtype) for g, v in zip(grads, [v for v, f in zip(values, flags) if f]))
     grads = jax.tree.unflatten(tree, [next(done) if f else None for f in flags])
     return (share.total(total), share.total(z_total)), (grads, share.join(dx), share.join(each).astype(weights.dtype))

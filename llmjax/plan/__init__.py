@@ -1,5 +1,5 @@
 """What a run will take before a chip is paid for: figures of a model, memory and traffic of a run on chips, its time and cost, scaling laws, the TPU compiler's own word."""
 from llmjax.plan.chips import CHIPS, Chip, Topology, topology
-from llmjax.plan.report import Report, of_model, of_run
+from llmjax.plan.report import Report, compiled, of_model, of_run
 
-__all__ = ["CHIPS", "Chip", "Report", "Topology", "of_model", "of_run", "topology"]
+__all__ = ["CHIPS", "Chip", "Report", "Topology", "compiled", "of_model", "of_run", "topology"]

@@ -103,14 +103,14 @@ def estimate(job: Job) -> dict[str, float]:
     kept, _ = residuals(share, compute, 1, length, platform)
     working, _ = residuals(layers_alone(share), dc.replace(compute, remat=None), 1, length, platform)
     V, D = config.model.vocab_size // job.over("vocab"), config.model.dim
-    chunk = min(getattr(config.objective, "chunk", None) or CHUNK, length)
+    chunk = min(getattr(config.objective, "chunk", None) or max(1, CHUNK // job.rows), length)
     state = job.state()
     weights = held(job.params)
     found: dict[str, float] = {
         "weights": weights, "optimizer": held(state.opt_state), "gradients": weights * (2 if config.accumulate > 1 else 1), "batch": held(job.batch(job.mesh)),
         "activations": kept * job.rows / job.mesh.shape["stage"],
         "layer": working * job.rows + 3 * layer_weights(job),                # two layers' weights, one in use and one on its way, and one layer's gradient before it is divided
-        "logits": (item + 4) * V * D + (4 + item) * job.rows * chunk * V + item * job.rows * length * D,
+        "logits": 2 * item * V * D + (4 + item) * job.rows * chunk * V + item * job.rows * length * D,
     }
     moving = max(found["layer"], found["logits"])
     total = sum(found[kind] for kind in KINDS[:5]) + moving

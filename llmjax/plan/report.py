@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import pathlib
 from typing import Any
 
 from llmjax import train
 from llmjax.core import ConfigError, ModelConfig, RunConfig
 from llmjax.plan import chips, figures, memory, roofline, search, traffic
+from llmjax.plan import compile as compiler
 from llmjax.plan.job import Job, make
 
 MEANS = {"weights": "weights", "optimizer": "optimiser", "gradients": "gradients", "batch": "batch", "activations": "kept activations", "layer": "one layer's pass",
@@ -110,8 +112,22 @@ def front_row(row: dict[str, Any]) -> tuple[str, str]:
             + (f", ${price:,.2f} a billion tokens" if price else ""))
 
 
-def check_options(topology: str | None, **options: Any) -> None:
-    """Raises ConfigError for an option that would change nothing without a topology."""
-    for name, value in options.items():
-        if topology is None and value not in (None, False):
-            raise ConfigError(f"--{name} says something about chips: give --topology too")
+def compiled(report: Report, job: Job, found: dict[str, float], dump: str | pathlib.Path | None = None) -> Report:
+    """The report with what the TPU compiler says of the same step, and how near our own estimate was."""
+    if job.topology is None:
+        raise ConfigError("--compile: for which chips? give --topology, as v5e:16x16")
+    said = compiler.run(job.config, job.topology, dump)
+    sent = report.numbers["sent_per_step_bytes"]
+    seconds = said["memory"]["compile_seconds"]
+    off = {"hbm": found["total"] / said["hbm_bytes"] - 1, "sent": (sum(sent.values()) / said["sent_bytes"] - 1) if said["sent_bytes"] else 0.0}
+    limit = chips.CHIPS[job.topology.chip].share("hbm")
+    rows = [("", ""), ("the TPU compiler", f"{seconds:,.0f} s of compiling" + (f"; kept in {dump}" if dump else "")),
+            ("bytes a device", f"{short(said['hbm_bytes'], 'B')} (arguments, temporaries, outputs), {short(said['peak_bytes'] or 0, 'B')} at the peak, of {short(limit, 'B')}; our estimate {short(found['total'], 'B')}"
+             f" ({off['hbm']:+.0%})"),
+            ("sent a step", f"{short(said['sent_bytes'], 'B')}; our estimate {short(sum(sent.values()), 'B')} ({off['sent']:+.0%})")]
+    rows += [(f"  {kind}", f"{c['count']:,} × {short(c['bytes'], 'B')}") for kind, c in said["collectives"].items()]
+    rows += [("cycles", f"{short(said['estimated_cycles'])} estimated, kernels ({sum(said['kernels'].values()):,} calls) and collectives left out")]
+    if said["loops_counted_once"]:
+        rows.append(("", f"loops of unknown length, counted once: {', '.join(said['loops_counted_once'])}"))
+    return Report({**report.numbers, "compiled": {**said, "estimate_error": off}}, report.text + "\n" + table(rows))
+
