@@ -330,3 +330,8 @@ def plan_run(config: RunConfig, topology: str | None = None, *, price: float | N
     Raises ConfigError, ShardingError, MissingExtra where libtpu is wanted and not installed."""
     found, job, estimated = plan.of_run(config, topology, price=price, mfu=mfu, search_front=search)
     return plan.compiled(found, job, estimated, dump) if compile else found
+
+
+def plan_fit(folder: str | pathlib.Path) -> plan.Report:
+    """A scaling law fitted to the finished runs below a folder; its plot goes there too."""
+    return plan.fit(folder)
