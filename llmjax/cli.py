@@ -283,6 +283,8 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
             raise ValueError(f"--{option} says something about --{owner}, which is not given")
     if overrides and not args.config:
         raise ValueError(f"--config.{overrides[0]} changes a configuration, and no --config is given")
+    import jax
+    jax.config.update("jax_platforms", "cpu")          # a plan asks for no device: it neither waits for an accelerator nor takes one from who is using it
     config = read_config(args, overrides) if args.config else None
     from llmjax import run
     if args.model:

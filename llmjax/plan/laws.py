@@ -81,9 +81,10 @@ NAMES = ("a", "b", "e", "alpha", "beta")
 def fit(n: Sequence[float], d: Sequence[float], loss: Sequence[float], *, bootstrap: int = 200, confidence: float = 0.9, seed: int = 0) -> Fit:
     """E, A, B, α, β of the Chinchilla form by Hoffmann's method: Huber loss on log L, its sum (not its mean: a mean lets L-BFGS stop early, which is what Besiroglu et al. found) minimised
     by L-BFGS from the best points of the paper's grid. Confidence: the runs drawn again with replacement. Raises ConfigError for fewer than six points or too few different N or D."""
-    points = np.log(np.asarray([n, d, loss], float))
-    if not np.isfinite(points).all():
-        raise ConfigError("scaling law: parameters, tokens and losses must be above 0")
+    given = np.asarray([n, d, loss], float)
+    if not (np.isfinite(given).all() and (given > 0).all()):
+        raise ConfigError("scaling law: parameters, tokens and losses must be numbers above 0")
+    points = np.log(given)
     if points.shape[1] < 6 or min(len(np.unique(points[i].round(6))) for i in (0, 1)) < 3:
         raise ConfigError(f"scaling law: {points.shape[1]} runs of {len(np.unique(points[0].round(6)))} sizes and {len(np.unique(points[1].round(6)))} lengths; five constants want at least "
                           "six runs of three sizes and three lengths")
@@ -93,7 +94,7 @@ def fit(n: Sequence[float], d: Sequence[float], loss: Sequence[float], *, bootst
     while len(again) < bootstrap:
         chosen = points[:, draw.integers(points.shape[1], size=points.shape[1])]
         if min(len(np.unique(chosen[i].round(6))) for i in (0, 1)) >= 2:
-            again.append(minimise(chosen, [best]))
+            again.append(minimise(chosen, [best], 500))
     laws = tuple(as_law(x) for x in again)
     rows = [told(law) for law in laws]
     low, high = ({name: float(np.quantile([row[name] for row in rows], q)) for name in rows[0]} if rows else {} for q in ((1 - confidence) / 2, (1 + confidence) / 2))
@@ -132,15 +133,15 @@ def objective(x: np.ndarray, points: np.ndarray) -> tuple[float, np.ndarray]:
     return float(value), np.array([slope[0].sum(), slope[1].sum(), slope[2].sum(), -(slope[0] * points[0]).sum(), -(slope[1] * points[1]).sum()])
 
 
-def starts(points: np.ndarray, keep: int = 24) -> list[np.ndarray]:
+def starts(points: np.ndarray, keep: int = 8) -> list[np.ndarray]:
     """The best points of the paper's grid (section D.3), and the published laws."""
     grid = [np.array([a, b, e, alpha, beta]) for a in range(0, 26, 5) for b in range(0, 26, 5) for e in (-1, -0.5, 0, 0.5, 1) for alpha in (0, 0.5, 1, 1.5, 2) for beta in (0, 0.5, 1, 1.5, 2)]
     grid += [np.array([math.log(law.a), math.log(law.b), math.log(law.e), law.alpha, law.beta]) for law in PUBLISHED.values() if isinstance(law, Chinchilla)]
     return sorted(grid, key=lambda x: objective(x, points)[0])[:keep] + grid[-2:]
 
 
-def minimise(points: np.ndarray, begin: list[np.ndarray]) -> np.ndarray:
+def minimise(points: np.ndarray, begin: list[np.ndarray], iterations: int = 5000) -> np.ndarray:
     from scipy.optimize import minimize
     bounds = [(-10, 60), (-10, 60), (-10, 5), (1e-3, 4), (1e-3, 4)]
-    found = [minimize(objective, x, args=(points,), jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=5000, maxfun=20_000, ftol=1e-14, gtol=1e-9)) for x in begin]
+    found = [minimize(objective, x, args=(points,), jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=iterations, maxfun=4 * iterations, ftol=1e-14, gtol=1e-9)) for x in begin]
     return min(found, key=lambda r: r.fun).x

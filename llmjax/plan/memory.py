@@ -97,7 +97,7 @@ def layer_weights(job: Job) -> int:
 def estimate(job: Job) -> dict[str, float]:
     """-> bytes per device by kind (KINDS), "total" of them at the worst moment, and beside it "cache": keys and values of the whole batch at its full length, for decoding."""
     config, compute = job.config, job.config.compute
-    platform = "gpu" if job.topology and not job.topology.is_tpu else "tpu"
+    platform = "tpu"                   # a GPU's attention keeps the same arrays, and its kernel cannot be traced without one
     share, length = local(config.model, job), config.context // job.over("length")
     item = jnp.dtype(compute.dtype).itemsize
     kept, _ = residuals(share, compute, 1, length, platform)
