@@ -15,6 +15,7 @@ from llmjax.core import Compute, Layout, constrain, dot, platform, take
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.core.positions import Disentangled, RelativeBuckets
+from llmjax.kernels import lookup
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
@@ -96,7 +97,7 @@ class Stack(Model):
         if c.learned_positions and context.positions is None and tokens.shape[1] + c.position_offset > c.learned_positions:
             raise ConfigError(f"{tokens.shape[1]} tokens: the model has {c.learned_positions - c.position_offset} learned positions; shorten the text")
         with jax.named_scope("embed"):
-            x = take(table, tokens, dtype)
+            x = lookup(table, tokens, dtype)
             if c.embed_proj_first:
                 x = self.embed_proj(x)
             if c.embed_scale != 1.0:
