@@ -18,6 +18,7 @@ VERBS = {
     "convert": "write any readable checkpoint in another layout: Hugging Face, GGUF, Orbax",
     "tokenizer": "train a tokenizer, encode, decode",
     "data": "build a run's tokenizer and token shards without training",
+    "plan": "what a model or a run takes: parameters, memory, time and cost, scaling laws; nothing is attached or started",
     "show": "print a resolved configuration, its sharding, or a checkpoint's configuration",
 }
 MODEL = "a folder in Hugging Face layout, a .gguf file, a run's folder, hf:org/name, or smollm2"
@@ -115,6 +116,20 @@ def build_parser() -> argparse.ArgumentParser:
     p = add("data", "example: llmjax data --config=configs/quickstart.py --workdir=runs/quickstart")
     configured(p)
     p.add_argument("--workdir", metavar="DIR", help="the run's folder (runs/NAME of the configuration); the shards go to its data/")
+
+    p = add("plan", "examples: llmjax plan --model=llama-3-8b --json\n          llmjax plan --config=configs/pretrain.py:model=llama-3-8b --topology=v5e:16x16 --config.layout.fsdp=256 --config.batch_size=1024\n"
+                    "          … --search, or … --compile --dump=out/    (the TPU compiler itself, no TPU needed: pip install 'llmjax[tpu]')\n          llmjax plan --fit=runs/")
+    configured(p, required=False)
+    p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
+    p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
+    p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
+    p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, h100:4x8 (as many devices as the layout names, of no kind in particular)")
+    p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
+    p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")
+    p.add_argument("--search", action="store_true", help="with --topology: the Pareto front of batch × remat × layout, time against memory")
+    p.add_argument("--compile", action="store_true", help="with --topology of TPUs: compile the train step with libtpu and compare (minutes)")
+    p.add_argument("--dump", metavar="DIR", help="with --compile: keep program.hlo and program.meta.json")
+    p.add_argument("--json", action="store_true", help="one JSON object")
 
     p = add("show", "examples: llmjax show --config=configs/quickstart.py --config.steps=10\n          llmjax show --config=configs/quickstart.py --sharding\n          llmjax show --model=smollm2")
     configured(p, required=False)
@@ -261,6 +276,30 @@ def on_data(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    given = [name for name in ("model", "config", "fit") if getattr(args, name)]
+    if len(given) != 1:
+        raise ValueError("plan needs one of --model=NAME, --config=FILE.py and --fit=DIR")
+    belongs = {"context": "model", "topology": "config", "price": "topology", "mfu": "topology", "search": "topology", "compile": "topology", "dump": "compile"}
+    for option, owner in belongs.items():
+        if getattr(args, option) not in (None, False) and getattr(args, owner) in (None, False):
+            raise ValueError(f"--{option} says something about --{owner}, which is not given")
+    if overrides and not args.config:
+        raise ValueError(f"--config.{overrides[0]} changes a configuration, and no --config is given")
+    import jax
+    jax.config.update("jax_platforms", "cpu")          # a plan asks for no device: it neither waits for an accelerator nor takes one from who is using it
+    config = read_config(args, overrides) if args.config else None
+    from llmjax import run
+    if args.model:
+        found = run.plan_model(args.model, args.context)
+    elif args.fit:
+        found = run.plan_fit(args.fit)
+    else:
+        found = run.plan_run(config, args.topology, price=args.price, mfu=args.mfu, search=args.search, compile=args.compile, dump=args.dump)
+    print(json.dumps(found.numbers) if args.json else found.text)
+    return 0
+
+
 def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
     if bool(args.config) == bool(args.model):
         raise ValueError("show needs --config=FILE.py or --model=NAME")
@@ -273,4 +312,4 @@ def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "eval": on_eval, "convert": on_convert, "tokenizer": on_tokenizer, "data": on_data, "show": on_show}
+HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "eval": on_eval, "convert": on_convert, "tokenizer": on_tokenizer, "data": on_data, "plan": on_plan, "show": on_show}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax import checkpoint, data, decode, models, pretrained, tokenizers, train
+from llmjax import checkpoint, data, decode, models, plan, pretrained, tokenizers, train
 from llmjax.core import CheckpointError, ConfigError, ModelConfig, RunConfig, batch_sharding, check_batch, distributed, explain_sharding, from_layout, shardings
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.override import as_text, from_json, to_json
@@ -322,3 +322,26 @@ def show_model(name: str) -> str:
     config, _, _ = pretrained.open_checkpoint(pretrained.locate(name))
     parameters = size(models.abstract_params(models.build(config)))
     return "\n".join([*as_text(config, "model"), f"parameters: {parameters:,}"])
+
+
+# plan
+
+def plan_model(name: str, context: int | None = None) -> plan.Report:
+    """Figures of a published size, or of a checkpoint without its weights."""
+    known = name in checkpoint.presets.PUBLISHED
+    if not known and "/" not in name and not pathlib.Path(name).exists() and name not in checkpoint.fetch.KNOWN and not name.startswith("hf:"):
+        checkpoint.presets.published(name)             # raises, naming the nearest
+    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context)
+
+
+def plan_run(config: RunConfig, topology: str | None = None, *, price: float | None = None, mfu: float | None = None, search: bool = False, compile: bool = False,
+             dump: str | pathlib.Path | None = None) -> plan.Report:
+    """Memory, traffic, time and cost of a run on chips that need not be there; with `compile` also what the TPU compiler says of its train step.
+    Raises ConfigError, ShardingError, MissingExtra where libtpu is wanted and not installed."""
+    found, job, estimated = plan.of_run(config, topology, price=price, mfu=mfu, search_front=search)
+    return plan.compiled(found, job, estimated, dump) if compile else found
+
+
+def plan_fit(folder: str | pathlib.Path) -> plan.Report:
+    """A scaling law fitted to the finished runs below a folder; its plot goes there too."""
+    return plan.fit(folder)

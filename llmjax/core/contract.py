@@ -22,8 +22,9 @@ def contract(equation: str, x: jax.Array, w: jax.Array, *, out_dtype=None) -> ja
     """einsum of activations `x` with a dense weight `w`, which is cast to `x.dtype`: accumulates in float32, answers in `out_dtype or x.dtype`.
 
     `equation` is explicit, of two operands, without ellipsis: "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv", "etd,edf->etf". Each letter stands in at least two of the three
-    terms. On TPU, GPU and on a mesh of several devices it is the plain einsum, also to autodiff. On one CPU device with 16-bit activations the gradient is a custom one
-    (reverse mode only) in which dw comes in `w.dtype`.
+    terms. On a GPU and on a mesh of several CPU devices it is the plain einsum, also to autodiff. On one CPU device with 16-bit activations the gradient is a custom one
+    (reverse mode only) in which dw comes in `w.dtype`. On a TPU 16-bit products leave the matrix unit, which sums in float32 whatever it answers in, in the dtype asked for, and
+    gradients in x's dtype (reverse mode only where that is another): what devices add up between them crosses the wires in 16 bits.
     Raises ValueError on an equation of another form and on a `w` that is not floating point.
     """
     _parse(equation)
@@ -32,6 +33,8 @@ def contract(equation: str, x: jax.Array, w: jax.Array, *, out_dtype=None) -> ja
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if x.dtype.itemsize == 2 and platform() == "cpu" and not partitioned():
         return _on_cpu(equation, out_dtype, x, w)
+    if x.dtype.itemsize == 2 and platform() == "tpu":
+        return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=out_dtype) if out_dtype == x.dtype else _wider(equation, out_dtype, x, w.astype(x.dtype))
     return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
@@ -79,6 +82,19 @@ def _weight_gradient(equation, x, g, dtype):
     natural = batch + first[1] + second[1]
     dw = accumulate(f"{batch}{part}{row}{first[1]},{batch}{part}{row}{second[1]}->{natural}", cut(*first), cut(*second))
     return dw.transpose([natural.index(c) for c in ws]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wider(equation, out_dtype, x, w):
+    return jnp.einsum(equation, x, w, preferred_element_type=out_dtype)
+
+
+def _wider_backward(equation, out_dtype, kept, g):
+    x, w = kept
+    return jax.vjp(functools.partial(jnp.einsum, equation, preferred_element_type=x.dtype), x, w)[1](g.astype(x.dtype))
+
+
+_wider.defvjp(lambda equation, out_dtype, x, w: (_wider(equation, out_dtype, x, w), (x, w)), _wider_backward)
 
 
 def accumulate(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -87,15 +87,8 @@ def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, sequence: int | None = 1, expert: int | None = 1, stage: int | None = 1, *,
-              devices: Sequence[Any] | None = None,
-              dcn: str = "data") -> Mesh:
-    """A mesh of all devices (or of those given) with six named axes; one axis that is None takes the devices the others leave. Raises ShardingError.
-
-    dcn: where the devices are of several slices (each with its own fast network), the axis whose outer part goes from slice to slice.
-    """
-    sizes = dict(stage=stage, data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
-    devices = list(jax.devices() if devices is None else devices)
+def axis_sizes(sizes: Mapping[str, int | None], count: int) -> dict[str, int]:
+    """The axes of a mesh of `count` devices, in the order of MESH_AXES, the one that is None filled in. Raises ShardingError."""
     wrong = [f"{k}={v!r}" for k, v in sizes.items() if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]
     if wrong:
         raise ShardingError(f"mesh: {', '.join(wrong)}: sizes are whole numbers from 1, or None for 'what is left'")
@@ -104,15 +97,26 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
         raise ShardingError(f"mesh: {' and '.join(unknown)} are both None; at most one axis can be inferred")
     product = math.prod(v for v in sizes.values() if v is not None)
     given = " × ".join(f"{k}={v}" for k, v in sizes.items() if v not in (None, 1)) or "all axes 1"
-    if len(devices) % product or (not unknown and product != len(devices)):
-        raise ShardingError(f"mesh: {given} needs {'a multiple of ' if unknown else ''}{product} devices, there are {len(devices)}; change an axis, or start with more devices")
+    if count % product or (not unknown and product != count):
+        raise ShardingError(f"mesh: {given} needs {'a multiple of ' if unknown else ''}{product} devices, there are {count}; change an axis, or start with more devices")
     if unknown:
-        sizes[unknown[0]] = len(devices) // product
-    shape = [sizes[axis] or 1 for axis in MESH_AXES]
+        sizes = {**sizes, unknown[0]: count // product}
+    return {axis: sizes[axis] or 1 for axis in MESH_AXES}
+
+
+def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, sequence: int | None = 1, expert: int | None = 1, stage: int | None = 1, *,
+              devices: Sequence[Any] | None = None, dcn: str = "data") -> Mesh:
+    """A mesh of all devices (or of those given) with six named axes; one axis that is None takes the devices the others leave. Raises ShardingError.
+
+    dcn: where the devices are of several slices (each with its own fast network), the axis whose outer part goes from slice to slice.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = axis_sizes(dict(stage=stage, data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor), len(devices))
+    shape = [sizes[axis] for axis in MESH_AXES]
     types = (AxisType.Auto,) * len(shape)
     slices = sorted({getattr(d, "slice_index", 0) or 0 for d in devices})
     if len(slices) > 1:
-        if sizes[dcn] % len(slices):        # type: ignore[operator]
+        if sizes[dcn] % len(slices):
             raise ShardingError(f"mesh: {len(slices)} slices do not divide {dcn}={sizes[dcn]}, the axis that goes across them; make it a multiple, or choose another layout.dcn")
         return Mesh(hybrid(devices, shape, MESH_AXES.index(dcn), slices), MESH_AXES, axis_types=types)
     if devices == list(jax.devices()):

@@ -15,6 +15,7 @@ from llmjax.core import Compute, Layout, constrain, dot, free_axes, platform, ta
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.core.positions import Disentangled, RelativeBuckets
+from llmjax.kernels import lookup
 from llmjax.models import pipeline, sequence
 from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
@@ -95,7 +96,7 @@ class Stack(Model):
         """tokens, token_types [B, T] int32 (types None: all 0), the embedding [V, E] -> [B, T, D] in the computing dtype."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         with jax.named_scope("embed"):
-            x = take(table, tokens, dtype)
+            x = lookup(table, tokens, dtype)
             if c.embed_proj_first:
                 x = self.embed_proj(x)
             if c.embed_scale != 1.0:

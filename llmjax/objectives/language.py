@@ -18,7 +18,7 @@ class NextToken:
 
     label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016). z_loss: factor on the squared log-partition (PaLM, section 5).
     balance_loss, router_z_loss: factors on what mixture-of-experts layers report (means over layers); models without experts report nothing.
-    chunk: positions of every row at a time; None: 512, on a CPU as many as make 512 tokens.
+    chunk: positions of every row at a time; None: as many as make 1,024 tokens on each device, on a CPU 512.
     """
     label_smoothing: float = 0.0
     z_loss: float = 0.0

@@ -16,9 +16,9 @@ from llmjax.core.model_config import Mixer
 from llmjax.core.tree import flatten
 from llmjax.models import Decoder, abstract_params, labels
 
-# Dense bfloat16 FLOP/s per device as published by the makers; the key is part of jax's device_kind.
+# Dense bfloat16 FLOP/s per device as published by the makers (a chip of TPU7x is two devices); the key is part of jax's device_kind.
 PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153.5e12,
     "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L4": 121e12, "T4": 65e12, "V100": 125e12,
 }
 

@@ -74,17 +74,22 @@ def make_step(apply: Callable, objective: Objective, optimizer: optax.GradientTr
 
     compiled: dict[Any, Any] = {}      # one program per batch shape
 
+    def program(state: State, batch: dict, frozen: Any = None, limit: Any = None) -> Any:
+        """The jitted step for these arguments, arrays or shapes; under their mesh."""
+        places = None if mesh_of(state.params) is None else (jax.tree.map(lambda x: x.sharding, state), None)
+        make = functools.partial(jax.jit, step, donate_argnums=0, out_shardings=places)
+        return make(compiler_options=compiler_options(make().trace(state, batch, frozen, limit)))
+
     def run(state: State, batch: dict, frozen: Any = None, limit: Any = None) -> tuple[State, Metrics]:
         check(objective, batch, frozen, accumulate)
         mesh = mesh_of(state.params)
         shapes = tuple((name, batch[name].shape) for name in sorted(batch))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             if shapes not in compiled:
-                places = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
-                make = functools.partial(jax.jit, step, donate_argnums=0, out_shardings=places)
-                compiled[shapes] = make(compiler_options=compiler_options(make().trace(state, batch, frozen, limit)))
+                compiled[shapes] = program(state, batch, frozen, limit)
             return compiled[shapes](state, batch, frozen, limit)
     run.function = step                # type: ignore[attr-defined]     # uncompiled, for those who compile it themselves
+    run.program = program              # type: ignore[attr-defined]     # to lower and compile for devices that are not there
     return run
 
 

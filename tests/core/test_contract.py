@@ -1,8 +1,11 @@
 """`contract` beside float32 einsum: every form of equation, both directions, all transformations; and that it is plain off the CPU."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from llmjax.core.contract import accumulate, contract
 from llmjax.core.platform import partitioned, platform
@@ -132,3 +135,29 @@ def test_sharded_equals_single():
         sharded = jax.jit(f)(jax.device_put(x, jax.P("data")), jax.device_put(w, jax.P(None, "data")), jax.device_put(g, jax.P("data")))
     for a, b in zip(sharded, single):
         assert far(a, b) < 2 ** -7
+
+
+@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
+@pytest.mark.parametrize("equation", ["btd,dnh->btnh", "btd,vd->btv", "etd,edf->etf"])
+def test_on_a_tpu_everything_leaves_in_the_dtype_asked_for(equation, out_dtype):
+    """The form traced for a TPU, run here: the float32 sums rounded once; and in its gradient no product answers in float32, so nothing is added up between devices in it."""
+    x, w, g = operands(equation, jnp.bfloat16)
+    tpu = jax.sharding.AbstractMesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=jax.sharding.AbstractDevice("TPU v5e", 1, "tpu"))
+    ours = functools.partial(contract, equation, out_dtype=out_dtype)
+    with jax.sharding.use_abstract_mesh(tpu):
+        closed = jax.make_jaxpr(lambda x, w, g: pull(ours, x, w, g))(x, w, g)
+    y, dx, dw = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, x, w, g)
+    exact = pull(lambda x, w: jnp.einsum(equation, x, w), x.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32), g.astype(jnp.bfloat16).astype(jnp.float32))
+    assert y.dtype == (out_dtype or jnp.bfloat16) and dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    assert far(y, exact[0]) < (1e-6 if out_dtype else 2 ** -8) and far(dx, exact[1]) < 2 ** -7 and far(dw, exact[2]) < 2 ** -7       # one rounding to 8 bits, and CPU products of 16 bits' own
+    results = [v.aval.dtype for e in products(closed.jaxpr) for v in e.outvars]
+    assert results[0] == (out_dtype or jnp.bfloat16) and all(dtype == jnp.bfloat16 for dtype in results[1:])
+
+
+def products(jaxpr):
+    """The dot_generals of a program, in order."""
+    for e in jaxpr.eqns:
+        if e.primitive.name == "dot_general":
+            yield e
+        for inner in jaxprs_in_params(e.params):
+            yield from products(inner)

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llmjax.core import make_mesh
 from llmjax.core.contract import contract
 from llmjax.kernels import chunked_cross_entropy, chunked_logprobs
 
@@ -150,3 +152,54 @@ def test_shapes_are_checked():
         chunked_cross_entropy(unembed, params, x, targets[:, :5], weights)
     with pytest.raises(ValueError, match="weights"):
         chunked_cross_entropy(unembed, params, x, targets, weights[:, :5])
+
+
+LAYOUTS = [dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=2, tensor=4), dict(data=2, sequence=2, fsdp=2), dict(fsdp=2, sequence=2, tensor=2)]
+
+
+def on_mesh(axes, params, x, targets, weights):
+    """The mesh, and the arrays as a run lays them."""
+    mesh = make_mesh(**({"data": 1} | axes))
+    put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+    rows = ("data", "fsdp")
+    return mesh, params | dict(head=put(params["head"], "fsdp", "tensor")), put(x, rows, "sequence"), put(targets, rows, "sequence"), put(weights, rows, "sequence")
+
+
+def wide(dtype=jnp.float32):
+    params, *_ = inputs()
+    keys = jax.random.split(jax.random.key(3), 3)
+    x, targets = jax.random.normal(keys[0], (8, 12, D)).astype(dtype), jax.random.randint(keys[1], (8, 12), 0, V)
+    return params, x, targets, jax.random.uniform(keys[2], (8, 12)) * (targets % 4 > 0)
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+@pytest.mark.parametrize("axes", LAYOUTS, ids=lambda a: "x".join(a))
+def test_a_mesh_changes_nothing(axes, chunk):
+    arrays = wide()
+    both = jax.value_and_grad(lambda params, x, t, w: chunked_cross_entropy(unembed, params, x, t, w, chunk=chunk, z_loss=1e-2)[0], (0, 1, 3))
+    evaluate = lambda *a: chunked_cross_entropy(unembed, *a, chunk=chunk)[0]
+    logprobs = lambda params, x, t, _: chunked_logprobs(unembed, params, x, t, chunk=chunk)
+    alone = [f(*arrays) for f in (both, evaluate, logprobs)]
+    mesh, *placed = on_mesh(axes, *arrays)
+    with jax.set_mesh(mesh):
+        for f, wanted in zip((both, evaluate, logprobs), alone):
+            assert far(jax.jit(f)(*placed), wanted) < 1e-6                       # float32 sums in another order
+
+
+def test_rows_that_do_not_divide_stay_together():
+    arrays = inputs()                  # three rows of ten tokens
+    both = jax.value_and_grad(lambda params, x, t, w: chunked_cross_entropy(unembed, params, x, t, w, chunk=4)[0], (0, 1))
+    alone = both(*arrays)
+    with jax.set_mesh(make_mesh(fsdp=8, data=1)):
+        assert far(jax.jit(both)(*arrays), alone) < 1e-6
+
+
+def test_the_head_crosses_the_wires_once():
+    """Whatever the number of chunks: one gather of the head, in the dtype it is multiplied in, and one reduction of its gradient, both outside the loop."""
+    mesh, *arrays = on_mesh(dict(fsdp=8), *wide(jnp.bfloat16))
+    both = jax.grad(lambda params, x, t, w: chunked_cross_entropy(lambda p, x: contract("btd,dv->btv", x, p["head"], out_dtype=jnp.float32), params, x, t, w, chunk=3)[0], (0, 1))
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).lower(*arrays).compile().as_text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line and f"{D},{V}]" in line]
+    reductions = [line for line in text.splitlines() if (" all-reduce(" in line or " reduce-scatter(" in line) and f"{D},{V}]" in line]
+    assert len(gathers) == 1 and len(reductions) == 1 and not any("while" in line.split("op_name")[-1] for line in gathers + reductions)

@@ -1,0 +1,111 @@
+"""The reader of compiled programs on a program written by hand; and, where libtpu is installed, a small run compiled for TPUs that are not there."""
+import importlib.util
+import json
+
+import pytest
+
+from llmjax import cli, run, settings
+from llmjax.core import ConfigError, MissingExtra
+from llmjax.plan import chips, compile, hlo
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_gather (p0: f32[64,16]) -> bf16[1024,16] {
+  %p0 = f32[64,16]{1,0} parameter(0)
+  %c.1 = bf16[64,16]{1,0} convert(%p0), backend_config={"estimated_cycles":"999"}
+  ROOT %ag.1 = bf16[1024,16]{1,0} all-gather(%c.1), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+%fused_gather_done (p0.1: f32[64,16]) -> bf16[1024,16] {
+  %p0.1 = f32[64,16]{1,0} parameter(0)
+  %c.2 = bf16[64,16]{1,0} convert(%p0.1)
+  ROOT %ag.2 = bf16[1024,16]{1,0} all-gather(%c.2), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+%body (t: (s32[], bf16[1024,16])) -> (s32[], bf16[1024,16]) {
+  %t = (s32[]{:T(128)}, bf16[1024,16]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %w = f32[64,16]{1,0} constant({...})
+  %start = bf16[1024,16]{1,0} fusion(%w), kind=kCustom, calls=%fused_gather, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %done = bf16[1024,16]{1,0} fusion(%w), kind=kCustom, calls=%fused_gather_done
+  %kernel.3 = bf16[1024,16]{1,0} custom-call(%done), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+}}
+  %sum = bf16[1024,16]{1,0} all-reduce(%kernel.3), channel_id=2, replica_groups=mesh['a'=4,'b'=4] {'a'}, to_apply=%add
+  ROOT %out = (s32[], bf16[1024,16]{1,0}) tuple(%next, %sum)
+}
+
+%cond (t.1: (s32[], bf16[1024,16])) -> pred[] {
+  %t.1 = (s32[], bf16[1024,16]{1,0}) parameter(0)
+  %bound = s32[] constant(32)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  ROOT %lt = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (x: bf16[1024,16]) -> bf16[1024,16] {
+  %x = bf16[1024,16]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[1024,16]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[1024,16]{1,0}) while(%init), condition=%cond, body=%body
+  %moved = bf16[1024,16]{1,0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  ROOT %copy.9 = bf16[1024,16]{1,0} copy(%moved), backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_reader():
+    found = hlo.read(PROGRAM)
+    size = 1024 * 16 * 2
+    assert found["collectives"]["all-gather"] == {"count": 32, "bytes": 32 * size, "sent_bytes": 32 * size * 15 / 16}             # its two pieces are one
+    assert found["collectives"]["all-reduce"] == {"count": 32, "bytes": 32 * size, "sent_bytes": 32 * size * 2 * 3 / 4}
+    assert found["collectives"]["collective-permute"] == {"count": 1, "bytes": size, "sent_bytes": size}
+    assert found["estimated_cycles"] == 32 * 100 + 7 and found["kernels"] == {"kernel": 32} and not found["loops_counted_once"]
+    assert hlo.read(PROGRAM.replace("constant(32)", "parameter(1)"))["loops_counted_once"] == ["loop"]
+
+
+@pytest.mark.parametrize("text, size", [("replica_groups={{0,1,2,3},{4,5,6,7}}", 4), ("replica_groups=[8,32]<=[256]", 32), ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+                                        ("replica_groups=mesh['x'=16,'y'=16] {'x','y'}", 256), ("no groups", 1)])
+def test_groups(text, size):
+    assert hlo.group(text) == size
+
+
+def test_the_last_words_of_a_compiler():
+    assert "Ran out of memory" in compile.reason("a\nXlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15G.\nFor simplicity, JAX has removed its internal frames", 1)
+    assert compile.reason("", -11) == "the compiler ended with status -11"
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"llmjax\[tpu\]"):
+        run.plan_run(settings.load("configs/quickstart.py:size=tiny"), "v5e:2x2", compile=True)
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'llmjax[tpu]'")
+SMALL = ["layout.fsdp=4", "batch_size=16", "context=512", "compute.remat=full", "model.repeats=2", "model.vocab_size=2048"]
+
+
+@needs_libtpu
+def test_a_small_run_compiles(tmp_path):
+    config = settings.load("configs/pretrain.py:model=llama-3-8b", SMALL)
+    said = compile.run(config, chips.topology("v5e:2x2"), tmp_path)
+    assert set(said["collectives"]) >= {"all-gather", "all-reduce"} and sum(said["kernels"].values()) >= 3 * 2 and said["estimated_cycles"] > 0 and not said["loops_counted_once"]
+    assert json.loads((tmp_path / "program.meta.json").read_text())["temp_size_in_bytes"] > 0 and (tmp_path / "program.hlo").read_text().startswith("HloModule")
+    found = run.plan_run(config, "v5e:2x2").numbers
+    held = sum(found["memory_per_device_bytes"][kind] for kind in ("weights", "optimizer", "batch"))
+    assert said["memory"]["argument_size_in_bytes"] == pytest.approx(held, rel=0.03)               # the compiler pads small arrays to tiles
+    text = (tmp_path / "program.hlo").read_text()
+    heads = [line for line in text.splitlines() if " all-gather(" in line and "[4096,2048]" in line.split(" all-gather(")[0] and "jvp()" in line]
+    assert len({line.split("channel_id=")[1].split(",")[0] for line in heads}) == 1                # once, whatever the chunks
+
+
+@needs_libtpu
+def test_what_the_compiler_refuses_is_one_line(capsys):
+    assert cli.main(["plan", "--config=configs/pretrain.py:model=llama-3-8b", "--topology=v5e:1x1", "--config.batch_size=1", "--compile"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "memory" in captured.err.lower()
+
+
+def test_chips_that_are_no_tpus():
+    with pytest.raises(ConfigError, match="no TPUs"):
+        compile.run(settings.load("configs/quickstart.py:size=tiny"), chips.topology("h100:8"))
