@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.core import AdamW, Attention, ConfigError, Layer, Layout, Lion, MixtureOfExperts, Mlp, ModelConfig, Rope, ShardingError, explain_sharding, find_cycle, make_mesh, shardings, unrolled
 from llmjax.core.labels import parse
-from llmjax.core.mesh import RULES, batch_parts, batch_sharding, constrain, partition
+from llmjax.core.mesh import MESH_AXES, RULES, batch_parts, batch_sharding, constrain, hybrid, partition
 from llmjax.core.model_config import Groups
 from llmjax.core.override import call_typed, from_json, override, to_json
 from llmjax.core.positions import Alibi, LongRope
@@ -120,9 +120,31 @@ def test_rules_lay_arrays():
         shardings(labels, shapes, mesh)
     table = explain_sharding(labels, shapes, make_mesh(fsdp=4, tensor=2))
     assert "embed -> mlp" in table and "fsdp tensor" in table and "2×3" in table
-    for layout, word in ((dict(rules=(("wdith", None),)), "wdith"), (dict(rules=(("embed", "fdsp"),)), "fsdp"), (dict(stage=2), "stage=2")):
+    for layout, word in ((dict(rules=(("wdith", None),)), "wdith"), (dict(rules=(("embed", "fdsp"),)), "fsdp"), (dict(interleave=2), "set layout.stage too")):
         with pytest.raises(ConfigError, match=word):
             Layout(**layout)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "stage"])
+def test_slices_lie_along_one_axis(axis):
+    """Two slices of four: every axis but the one that goes across stays within a slice."""
+    @dc.dataclass(frozen=True)
+    class Device:
+        id: int
+        slice_index: int
+        platform: str = "gpu"
+        device_kind: str = "some chip"
+        process_index: int = 0
+    devices = [Device(i, i % 2) for i in range(8)]
+    sizes = dict(data=1, fsdp=4, stage=1) | {axis: 8 if axis == "fsdp" else 2}
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
+    grid = hybrid(devices, shape, MESH_AXES.index(axis), [0, 1])
+    halves = np.split(grid, 2, MESH_AXES.index(axis))
+    assert list(grid.shape) == shape and [{d.slice_index for d in half.flat} for half in halves] == [{0}, {1}]
+    with pytest.raises(ShardingError, match="2 slices do not divide tensor=1"):
+        make_mesh(data=1, fsdp=8, devices=devices, dcn="tensor")
+    with pytest.raises(ShardingError, match="the slices have 4, 3 devices"):
+        hybrid(devices[:7], shape, MESH_AXES.index(axis), [0, 1])
 
 
 def test_batches_and_constraints():
