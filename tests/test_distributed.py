@@ -18,7 +18,7 @@ from llmjax.core import Distributed, heartbeat
 
 ROOT = pathlib.Path(__file__).parent.parent
 KNOBS = ("log_every=1", "checkpoint_every=3", "eval_every=None", "compute.dtype=float32", "compute.unroll=False", "data.source.max_bytes=150000", "batch_size=8", "schedule=Constant()",
-         "distributed.heartbeat_timeout=6", "distributed.start_timeout=60")
+         "distributed.heartbeat_timeout=20", "distributed.start_timeout=60")
 CLOSE = 1e-5                           # of a loss, in float32: sums in another order
 
 
@@ -140,7 +140,7 @@ def test_a_killed_process_ends_the_other_with_its_name(killed, whole, tmp_path):
         processes[killed].kill()
         began = time.monotonic()
         status, said = end(processes[1 - killed], 60)
-        assert status == 2 and time.monotonic() - began < 6, "within distributed.heartbeat_timeout"
+        assert status == 2 and time.monotonic() - began < 20, "within distributed.heartbeat_timeout"
         assert f"llmjax: process {killed} (" in last_line(said) and f"pid {processes[killed].pid}) gives no sign of life" in last_line(said)
         assert (folder / "checkpoints/3").is_dir()
     finally:
@@ -253,13 +253,17 @@ def test_a_silent_process_is_named(monkeypatch):
     shelf = Shelf()
     pulse = heartbeat.Pulse(shelf, 0, ["a, pid 1", "b, pid 2", "c, pid 3"], "", Distributed(heartbeat_timeout=10), "room")
     for t in range(30):
-        now[0] = float(t)
+        now[0] = float(t)                  # a look each second
         shelf.key_value_set("room/beat/1", str(t), allow_overwrite=True)
         if t < 8:
             shelf.key_value_set("room/beat/2", str(t), allow_overwrite=True)
         if (wrong := pulse.look()) is not None:
             break
     assert wrong.startswith("process 2 (c, pid 3) gives no sign of life") and t < 8 + 10
+    late = heartbeat.Pulse(Shelf(), 0, pulse.hosts, "", pulse.timeouts, "room")
+    assert late.look() is None
+    now[0] += 1000                         # this process stood still itself: the others are given their time
+    assert late.look() is None
 
 
 def test_one_process_starts_nothing(monkeypatch):

@@ -35,6 +35,7 @@ class Pulse:
         self.patience = timeouts.heartbeat_timeout - 2 * self.interval     # a beat is seen an interval late, and so is the news of it
         self.step: int | None = None               # the step this process is in; None: in something else, which may take long
         self.answered = time.monotonic()           # when the service last answered
+        self.looked = self.answered                # when the others were last looked at
         self.over = threading.Event()
         self.seen: dict[int, tuple[str, float]] = {}       # of each process: its last beat, and when it changed
         self.moved = (frozenset[tuple[int, str]](), time.monotonic())      # the steps all were in, and when one of them changed
@@ -69,8 +70,11 @@ class Pulse:
 
     def judge(self) -> None:
         """A thread: ends this process where the service, which process 0 holds, no longer answers at all."""
+        before = time.monotonic()
         while not self.over.wait(self.interval):
-            if time.monotonic() - self.answered > self.patience and not self.over.is_set():
+            now = time.monotonic()
+            self.answered, before = self.answered + max(0.0, now - before - 2 * self.interval), now        # as in `look`
+            if now - self.answered > self.patience and not self.over.is_set():
                 end(self.lost())
 
     def look(self) -> str | None:
@@ -79,6 +83,8 @@ class Pulse:
         if told is not None:
             return told
         now = time.monotonic()
+        late = max(0.0, now - self.looked - 2 * self.interval)     # this thread had to wait for its turn: nobody else's silence
+        self.seen, self.looked = {i: (beat, changed + late) for i, (beat, changed) in self.seen.items()}, now
         beats = self.beats() if self.index == 0 else {0: self.get("beat/0") or ""}
         for i, beat in beats.items():
             if i not in self.seen or self.seen[i][0] != beat:

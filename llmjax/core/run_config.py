@@ -132,7 +132,7 @@ class Guard:
 class Distributed:
     """How long, in seconds, the processes of a run wait for each other before one line says which is missing. One process waits for nobody."""
     start_timeout: float = 300.0       # for all to come when the run starts
-    heartbeat_timeout: float = 60.0    # without a sign of life of a process
+    heartbeat_timeout: float = 100.0   # without a sign of life of a process (jax's own is the same)
     step_timeout: float | None = 1800.0        # in one step, evaluation and checkpoints apart; None: no limit
 
     def __post_init__(self):
