@@ -20,7 +20,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dc.dataclass(frozen=True)
 class Compute:
-    """How a model is computed; the answer does not depend on it beyond rounding.
+    """How a model is computed; but for `capacity` the answer does not depend on it beyond rounding.
 
     remat: which activations the backward pass recomputes: None (keeps all), "full" (keeps a layer's input), "dots" (keeps matrix products' results).
     """
@@ -28,7 +28,9 @@ class Compute:
     param_dtype: DType = "float32"
     attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
     sequence: Literal["auto", "ring", "ulysses"] = "auto"      # how attention goes over a row that layout.sequence divides
-    experts: Literal["auto", "blocks", "ragged", "loop"] = "auto"
+    experts: Literal["auto", "blocks", "ragged", "loop"] = "auto"      # the grouped product of a mixture of experts
+    dispatch: Literal["auto", "gather", "exchange"] = "auto"           # how its tokens reach experts on other devices (models/dispatch.py)
+    capacity: float | None = None      # rows an expert takes of a device's tokens, over its even share; what is over is dropped. None: nothing is
     remat: Literal["full", "dots"] | None = None
     scan: bool = True                  # weights of repeated layers stacked and scanned: small programs; False: every layer apart
     unroll: bool | None = None         # run the scan as straight code where there is no cache; None: on a CPU alone, where that is a quarter faster and compiles longer

@@ -34,7 +34,9 @@ class Experts(Module):
         if partitioned():
             weights = {name: w.astype(x.dtype) for name, w in weights.items()}          # what travels between devices
         with jax.named_scope("experts"):
-            y = through_experts(self.work, weights, axes, x, gates, chosen, self.layout, scale_inputs=m.scale_inputs)
+            y, dropped = through_experts(self.work, weights, axes, x, gates, chosen, self.layout, scale_inputs=m.scale_inputs, form=self.compute.dispatch, capacity=self.compute.capacity)
+        if dropped is not None:
+            self.sow("aux", "dropped", (dropped if segments is None else dropped * (segments > 0)).sum())
         if m.shared is not None:
             shared = MultiLayerPerceptron(Mlp(m.shared, m.activation), self.compute, self.layout, name="shared")(x)
             if m.shared_gate:

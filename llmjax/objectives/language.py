@@ -42,15 +42,16 @@ class NextToken:
             if name in aux:
                 metrics[name] = Mean(aux[name] * count, count)
                 total = total + factor * aux[name] * count
-        if "expert_imbalance" in aux:
-            metrics["expert_imbalance"] = Mean(aux["expert_imbalance"] * count, count)
+        for name in ("expert_imbalance", "dropped"):
+            if name in aux:
+                metrics[name] = Mean(aux[name] * count, count)
         return Mean(total, count), metrics
 
 
 def router_statistics(said: dict) -> dict[str, jax.Array]:
     """Means over all mixture-of-experts layers, out of the sums they put into `aux` (models/mixture_of_experts.py): balance_loss, the load balance of Switch Transformers (Fedus et al.
     2021, eq. 4 to 6; with k choices a token a uniform router gives k), router_z_loss, that of ST-MoE (Zoph et al. 2022, eq. 5), and expert_imbalance, the busiest expert's share
-    times the number of experts (1 is even). Empty for a model without experts."""
+    times the number of experts (1 is even), and with a capacity the share of choices that were dropped. Empty for a model without experts."""
     layers: dict[tuple, dict[str, jax.Array]] = {}
     for path, x in jax.tree_util.tree_flatten_with_path(said)[0]:
         *lead, name = [k.key for k in path if hasattr(k, "key")]
@@ -63,4 +64,6 @@ def router_statistics(said: dict) -> dict[str, jax.Array]:
         found.setdefault("balance_loss", []).append(experts * (choices * probabilities).sum(-1) / tokens ** 2)
         found.setdefault("router_z_loss", []).append(sums["squared_z"].reshape(-1) / tokens)
         found.setdefault("expert_imbalance", []).append(experts * choices.max(-1) / jnp.maximum(choices.sum(-1), 1.0))
+        if "dropped" in sums:
+            found.setdefault("dropped", []).append(sums["dropped"].reshape(-1) / jnp.maximum(choices.sum(-1), 1.0))
     return {name: jnp.concatenate(each).mean() for name, each in found.items()}

@@ -61,6 +61,25 @@ def test_sigmoid_router_with_groups_is_transformers():
     assert (np.sort(np.asarray(free), -1) != np.sort(np.asarray(chosen), -1)).any(), "the groups never mattered"
 
 
+def test_a_capacity_drops_who_comes_late():
+    """Against a loop over the tokens with a counter per expert: 40 tokens with two choices of four experts, ten places each (an even share is 20)."""
+    spec, x = MixtureOfExperts(4, 2, 8), jax.random.normal(jax.random.key(6), (2, 20, D))
+    params, whole, _ = run(spec, x)
+    module = Experts(spec, Compute("float32", capacity=0.5), Layout())
+    y, said = module.apply({"params": params}, x, None, mutable=["aux"])
+    gates, chosen = (np.asarray(a).reshape(40, 2) for a in module.apply({"params": params}, x, None, method="route"))
+    rows, want, places, dropped = np.asarray(x).reshape(40, D), np.zeros((40, D)), np.full(4, 10), 0
+    for m in range(40):
+        for gate, e in zip(gates[m], chosen[m]):
+            if places[e] == 0:
+                dropped += 1
+                continue
+            places[e] -= 1
+            g, u = (rows[m] @ np.asarray(params[name][e], np.float64) for name in ("gate", "up"))
+            want[m] += gate * ((g / (1 + np.exp(-g)) * u) @ np.asarray(params["down"][e], np.float64))
+    assert dropped == 40 == float(said["aux"]["dropped"][0]) and np.abs(np.asarray(y).reshape(40, D) - want).max() < 1e-5 and np.abs(np.asarray(y - whole)).max() > 1e-2
+
+
 def test_balance_loss_is_transformers():
     import torch
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

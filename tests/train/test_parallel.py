@@ -65,6 +65,15 @@ def test_forms_of_a_divided_row(kind, form):
     same(on(kind, dict(sequence=4, data=2), sequence=form, remat="full"), case(kind)[3])
 
 
+@pytest.mark.parametrize("sizes", [dict(expert=4, data=2), dict(stage=2, expert=2, data=2), dict(expert=2, sequence=2, tensor=2)], ids=str)
+def test_tokens_sent_to_their_experts(sizes):
+    """The exchange, with a gather in the place of the collective that a CPU lacks; and a capacity nobody reaches, which changes nothing."""
+    same(on("experts", sizes, dispatch="exchange"), case("experts")[3])
+    roomy = on("experts", sizes, capacity=4.0)
+    same(roomy, case("experts")[3])
+    assert float(roomy[2]["dropped"]) == 0
+
+
 def test_a_pipeline_in_16_bits():
     """bfloat16 has 8 bits: 1 % of the loss, and gradients that point the same way as float32's."""
     kind, sizes = "dense", dict(stage=2, fsdp=2, data=2)
