@@ -71,7 +71,7 @@ def make(config: RunConfig, topology: Topology | None, mesh: Any = None) -> Job:
         raise ConfigError("a plan is made of a decoder with the language head; this model is another")
     wanted = config.layout.sizes()
     count = topology.devices if topology else _product(wanted)
-    sizes = axis_sizes(wanted, count)
+    sizes: dict[str, Any] = axis_sizes(wanted, count)
     if mesh is None:
         kind = AbstractDevice("TPU v5p" if topology is None or topology.is_tpu else "NVIDIA H100", 1, "tpu" if topology is None or topology.is_tpu else "gpu")
         mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), abstract_device=kind)
