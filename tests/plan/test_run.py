@@ -147,3 +147,14 @@ def test_a_published_size_is_trainable(tmp_path):
                                                                        "data.tokenizer.vocab_size=300", "model.vocab_size=512", "data.validation=None"])
     found = run.train_model(config, tmp_path, quiet=True)
     assert jnp.isfinite(found["loss"])
+
+
+def test_stages_wait_for_each_other_and_share_the_layers():
+    overrides = ["layout.stage=4", "layout.fsdp=16", "batch_size=256", "context=2048"]
+    one, alone = big()
+    made, found = plan("configs/pretrain.py:model=llama-3-8b", *overrides, "layout.microbatches=4", topology="v5p:4x4x4")
+    many, _ = plan("configs/pretrain.py:model=llama-3-8b", *overrides, "layout.microbatches=16", topology="v5p:4x4x4")
+    seconds = [roofline.step_time(m, f)["compute"] for m, f in ((one, alone), (made, found), (many, found))]
+    assert seconds[1] / seconds[0] == pytest.approx(1 + 3 / 4) and seconds[2] / seconds[0] == pytest.approx(1 + 3 / 16)      # (stages - 1) / microbatches
+    assert "stage" in traffic.per_axis(made) and traffic.per_axis(made)["fsdp"] < 0.5 * traffic.per_axis(one)["fsdp"]       # a stage gathers its own layers
+    assert found["weights"] < 1.5 * alone["weights"]                                                                          # embedding and head are not divided over stages
