@@ -80,13 +80,13 @@ def main() -> None:
     for name in args.cases or CASES:
         rows.append(measure(name))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = {"benchmark": "tpu_compile", "rows": rows, "hardware": hardware()}
+    found = {"benchmark": "tpu_compile", "cases": rows, "hardware": hardware()}
     print(json.dumps(found))
     print(table(rows), file=sys.stderr)
     if args.save:
         file = RESULTS / "tpu_compile.json"
-        kept = {row["case"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
-        file.write_text(json.dumps({**found, "rows": list((kept | {row["case"]: row for row in rows}).values())}, indent=1) + "\n")
+        kept = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}
+        file.write_text(json.dumps({**found, "cases": list((kept | {row["case"]: row for row in rows}).values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

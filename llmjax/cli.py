@@ -117,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     configured(p)
     p.add_argument("--workdir", metavar="DIR", help="the run's folder (runs/NAME of the configuration); the shards go to its data/")
 
-    p = add("plan", "examples: llmjax plan --model=llama-3-8b --json\n          llmjax plan --config=configs/pretrain.py:model=llama-3-8b --topology=v5e:16x16 --config.layout.fsdp=256 --config.batch_size=1024\n"
+    p = add("plan", "examples: llmjax plan --model=llama-3-8b --json\n"
+                    "          llmjax plan --config=configs/pretrain.py:model=llama-3-8b --topology=v5e:16x16 --config.layout.fsdp=256 --config.batch_size=1024\n"
                     "          … --search, or … --compile --dump=out/    (the TPU compiler itself, no TPU needed: pip install 'llmjax[tpu]')\n          llmjax plan --fit=runs/")
     configured(p, required=False)
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
@@ -288,14 +289,13 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"--config.{overrides[0]} changes a configuration, and no --config is given")
     import jax
     jax.config.update("jax_platforms", "cpu")          # a plan asks for no device: it neither waits for an accelerator nor takes one from who is using it
-    config = read_config(args, overrides) if args.config else None
     from llmjax import run
     if args.model:
         found = run.plan_model(args.model, args.context)
     elif args.fit:
         found = run.plan_fit(args.fit)
     else:
-        found = run.plan_run(config, args.topology, price=args.price, mfu=args.mfu, search=args.search, compile=args.compile, dump=args.dump)
+        found = run.plan_run(read_config(args, overrides), args.topology, price=args.price, mfu=args.mfu, search=args.search, compile=args.compile, dump=args.dump)
     print(json.dumps(found.numbers) if args.json else found.text)
     return 0
 

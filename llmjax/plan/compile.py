@@ -79,7 +79,8 @@ def run(config: RunConfig, where: Topology, dump: str | pathlib.Path | None = No
         for name in ("program.hlo", "program.meta.json"):
             (folder / name).unlink(missing_ok=True)
         (folder / "job.json").write_text(json.dumps({"config": to_json(config), "topology": where.name}))
-        done = subprocess.run([sys.executable, "-c", "import sys; from llmjax.plan import compile; compile.main(sys.argv[1])", str(folder)], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+        child = [sys.executable, "-c", "import sys; from llmjax.plan import compile; compile.main(sys.argv[1])", str(folder)]
+        done = subprocess.run(child, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
         if done.returncode or not (folder / "program.meta.json").exists():
             raise ConfigError(f"--compile: {reason(done.stderr, done.returncode)}")
         memory = json.loads((folder / "program.meta.json").read_text())
@@ -91,8 +92,11 @@ def run(config: RunConfig, where: Topology, dump: str | pathlib.Path | None = No
 def reason(stderr: str, code: int) -> str:
     """The line of a child's last words that says what happened."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip() and "Traceback filtering" not in line and "internal frames" not in line and not line.startswith("---")]
-    said = next((line for line in lines if "Ran out of memory" in line or "RESOURCE_EXHAUSTED" in line), None) or next((line for line in reversed(lines) if "Error" in line or "error" in line), None)
-    return (said or (lines[-1] if lines else f"the compiler ended with status {code}"))[:400]
+    for wanted, order in ((("Ran out of memory", "RESOURCE_EXHAUSTED"), lines), (("Error", "error"), lines[::-1])):
+        said = next((line for line in order if any(word in line for word in wanted)), None)
+        if said:
+            return said[:400]
+    return (lines[-1] if lines else f"the compiler ended with status {code}")[:400]
 
 
 def main(folder: str) -> None:

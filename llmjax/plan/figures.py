@@ -8,7 +8,7 @@ import jax
 
 from llmjax import models, train
 from llmjax.core import ConfigError, MixtureOfExperts, ModelConfig
-from llmjax.core.model_config import LanguageHead
+from llmjax.core.model_config import Attention, LanguageHead, LatentAttention
 from llmjax.core.tree import flatten, nbytes
 from llmjax.train.flops import mixing
 
@@ -48,7 +48,7 @@ def full_attention_flops(model: models.Decoder, context: int) -> float:
     """`train.flops_per_token` with every query seeing `context` keys: what is spent where nothing of the mask is skipped, and what many published figures count."""
     layers = [layer.mixer for layer in model.config.layers]
     seen = sum(mixing(mixer, context) for mixer in layers)
-    whole = sum(12 * mixer.heads * mixer.head_dim * context if hasattr(mixer, "causal") else mixing(mixer, context) for mixer in layers)
+    whole = sum(12 * mixer.heads * mixer.head_dim * context if isinstance(mixer, Attention | LatentAttention) else mixing(mixer, context) for mixer in layers)
     return train.flops_per_token(model, context) - seen + whole
 
 

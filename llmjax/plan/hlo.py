@@ -85,7 +85,7 @@ def sent(kind: str, size: float, devices: int) -> float:
 def read(text: str) -> dict[str, Any]:
     """-> {"collectives": {kind: {"count", "bytes", "sent_bytes"}}, "sent_bytes", "estimated_cycles", "kernels": {name: count}, "loops_counted_once": [names]}."""
     known, entry = computations(text)
-    collectives: dict[str, Counter] = {}
+    collectives: dict[str, dict[str, float]] = {}
     total, kernels, unknown = Counter[str](), Counter[str](), []
 
     def trips(loop: Instruction) -> int:
@@ -106,7 +106,9 @@ def read(text: str) -> dict[str, Any]:
         if kind == "all-reduce" and (around.startswith("all-reduce-scatter") or (around and any(i.op == "dynamic-slice" for i in table.values()))):
             kind = "reduce-scatter"
         size = max(given, made)
-        collectives.setdefault(kind, Counter()).update(count=times, bytes=size * times, sent_bytes=sent(kind, size, group(x.text)) * times)
+        row = collectives.setdefault(kind, {"count": 0, "bytes": 0, "sent_bytes": 0})
+        for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, group(x.text)))):
+            row[key] += value * times
 
     def walk(name: str, times: int, seen: set[str], around: str = "") -> None:
         table = known[name]
@@ -134,5 +136,5 @@ def read(text: str) -> dict[str, Any]:
             elif x.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.text:
                 kernels[re.sub(r"[.\d]+$", "", x.name)] += times
     walk(entry, 1, set())
-    return {"collectives": {kind: dict(c) for kind, c in sorted(collectives.items())}, "sent_bytes": sum(c["sent_bytes"] for c in collectives.values()),
+    return {"collectives": dict(sorted(collectives.items())), "sent_bytes": sum(c["sent_bytes"] for c in collectives.values()),
             "estimated_cycles": total["cycles"], "kernels": dict(kernels), "loops_counted_once": unknown}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llmjax import models, train
-from llmjax.core import ConfigError, RunConfig, batch_parts, batch_sharding, shardings
+from llmjax.core import ConfigError, RunConfig, batch_parts, batch_sharding, check_batch, shardings
 from llmjax.core.mesh import MESH_AXES, axis_sizes
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.run_config import in_steps
@@ -71,14 +71,12 @@ def make(config: RunConfig, topology: Topology | None, mesh: Any = None) -> Job:
         raise ConfigError("a plan is made of a decoder with the language head; this model is another")
     wanted = config.layout.sizes()
     count = topology.devices if topology else _product(wanted)
-    sizes = axis_sizes(wanted, count)
+    sizes: dict[str, Any] = axis_sizes(wanted, count)
     if mesh is None:
         kind = AbstractDevice("TPU v5p" if topology is None or topology.is_tpu else "NVIDIA H100", 1, "tpu" if topology is None or topology.is_tpu else "gpu")
         mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), abstract_device=kind)
     config = dc.replace(config, layout=dc.replace(config.layout, **sizes))
-    parts = batch_parts(mesh, config.layout.rules)
-    if config.batch_size % (parts * config.accumulate):
-        raise ConfigError(f"batch_size={config.batch_size} does not divide over {parts} parts of the mesh in accumulate={config.accumulate} steps; change batch_size or the layout")
+    check_batch(config.batch_size, config.accumulate, config.context, mesh, config.layout)
     model = models.Decoder(config.model, config.compute, config.layout)
     labels, shapes = models.labels(model), models.abstract_params(model)
     places = shardings(labels, shapes, mesh, config.layout.rules)

@@ -90,7 +90,7 @@ def fit(n: Sequence[float], d: Sequence[float], loss: Sequence[float], *, bootst
                           "six runs of three sizes and three lengths")
     best = minimise(points, starts(points))
     draw = np.random.default_rng(seed)
-    again = []
+    again: list[np.ndarray] = []
     while len(again) < bootstrap:
         chosen = points[:, draw.integers(points.shape[1], size=points.shape[1])]
         if min(len(np.unique(chosen[i].round(6))) for i in (0, 1)) >= 2:

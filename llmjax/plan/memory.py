@@ -46,7 +46,8 @@ def local(config: ModelConfig, job: Job) -> ModelConfig:
     def layer(x):
         ffn = dc.replace(x.ffn, hidden=max(1, x.ffn.hidden // hidden), **({"shared": max(1, x.ffn.shared // hidden)} if isinstance(x.ffn, MixtureOfExperts) and x.ffn.shared else {}))
         return dc.replace(x, mixer=mixer(x.mixer), ffn=ffn)
-    return dc.replace(config, **{part: tuple(layer(x) for x in getattr(config, part)) for part in ("prefix", "cycle", "suffix")})
+    prefix, cycle, suffix = (tuple(layer(x) for x in part) for part in (config.prefix, config.cycle, config.suffix))
+    return dc.replace(config, prefix=prefix, cycle=cycle, suffix=suffix)
 
 
 def one_device(platform: str) -> AbstractMesh:

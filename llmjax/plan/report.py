@@ -94,7 +94,8 @@ def on_chips(job: Job, found: dict[str, float], numbers: dict[str, Any], rows: l
                         + f" ({found['total'] / chip.share('hbm'):.0%} of it; {1 - search.HEADROOM:.0%} is left to the runtime)")]
     if not fits:
         numbers["advice"] = search.advice(job, found["total"])
-        rows += [("  " + ("what saves most" if not i else ""), f"{row['change']}  -> {short(row['total'], 'B')}" + (", fits" if row["total"] <= limit else "")) for i, row in enumerate(numbers["advice"][:4])]
+        rows += [("  what saves most" if not i else "", f"{row['change']}  -> {short(row['total'], 'B')}" + (", fits" if row["total"] <= limit else ""))
+                 for i, row in enumerate(numbers["advice"][:4])]
     rows += [("seconds a step", f"{times['bound']:.3g} at least (limited by {times['limited_by']}): compute {times['compute']:.3g}, memory {times['memory']:.3g}, network {times['network']:.3g}; "
                                 f"{times['apart']:.3g} with nothing overlapped"),
              ("expected", f"{told['step_seconds']:.3g} s a step at an MFU of {told['mfu']:.0%}" + ("" if mfu else " (the roofline's: no run does better; --mfu=0.5 asks what is usual)")
@@ -122,8 +123,8 @@ def compiled(report: Report, job: Job, found: dict[str, float], dump: str | path
     off = {"hbm": found["total"] / said["hbm_bytes"] - 1, "sent": (sum(sent.values()) / said["sent_bytes"] - 1) if said["sent_bytes"] else 0.0}
     limit = chips.CHIPS[job.topology.chip].share("hbm")
     rows = [("", ""), ("the TPU compiler", f"{seconds:,.0f} s of compiling" + (f"; kept in {dump}" if dump else "")),
-            ("bytes a device", f"{short(said['hbm_bytes'], 'B')} (arguments, temporaries, outputs), {short(said['peak_bytes'] or 0, 'B')} at the peak, of {short(limit, 'B')}; our estimate {short(found['total'], 'B')}"
-             f" ({off['hbm']:+.0%})"),
+            ("bytes a device", f"{short(said['hbm_bytes'], 'B')} (arguments, temporaries, outputs), {short(said['peak_bytes'] or 0, 'B')} at the peak, of {short(limit, 'B')}; "
+             f"our estimate {short(found['total'], 'B')} ({off['hbm']:+.0%})"),
             ("sent a step", f"{short(said['sent_bytes'], 'B')}; our estimate {short(sum(sent.values()), 'B')} ({off['sent']:+.0%})")]
     rows += [(f"  {kind}", f"{c['count']:,} × {short(c['bytes'], 'B')}") for kind, c in said["collectives"].items()]
     rows += [("cycles", f"{short(said['estimated_cycles'])} estimated, kernels ({sum(said['kernels'].values()):,} calls) and collectives left out")]

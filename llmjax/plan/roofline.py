@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llmjax import train
 from llmjax.core import ConfigError
+from llmjax.core.mesh import bubble
 from llmjax.plan import figures, memory, traffic
 from llmjax.plan.chips import CHIPS, Chip, Topology
 from llmjax.plan.job import Job
@@ -63,10 +64,9 @@ def step_time(job: Job, found: dict[str, float]) -> dict[str, Any]:
     tokens = job.config.batch_size * job.config.context / job.devices
     peak = chip.share("flops") * (0.5 if job.config.compute.dtype == "float32" else 1.0)
     sent = traffic.per_axis(job)
-    bubble = job.mesh.shape["stage"] - 1
     seconds = {"compute": tokens * executed(job) / peak, "memory": hbm_bytes(job, found) / chip.share("bandwidth"),
                "network": sum(size / link_speed(job, chip, axes) for axes, size in sent.items())}
-    seconds["compute"] *= 1 + bubble / (job.config.accumulate if job.config.accumulate > 1 else 4 * job.mesh.shape["stage"])
+    seconds["compute"] /= 1 - bubble(job.config.layout, job.mesh.shape["stage"])
     bound = max(seconds.values())
     useful = tokens * train.flops_per_token(job.model, job.config.context) / peak
     return {**seconds, "bound": bound, "apart": sum(seconds.values()), "limited_by": max(seconds, key=lambda k: seconds[k]), "mfu": useful / bound, "sent_bytes": sent}

@@ -71,7 +71,8 @@ def fit(folder: str | pathlib.Path, *, bootstrap: int = 200) -> Report:
     for c in budgets:
         n, d = done.law.optimum(c)
         near = [law.optimum(c)[0] for law in done.samples] or [n]
-        optimum.append({"flops": c, "parameters": n, "tokens": d, "loss": float(done.law.loss(n, d)), "parameters_low": float(np.quantile(near, 0.05)), "parameters_high": float(np.quantile(near, 0.95))})
+        low, high = (float(np.quantile(near, q)) for q in (0.05, 0.95))
+        optimum.append({"flops": c, "parameters": n, "tokens": d, "loss": float(done.law.loss(n, d)), "parameters_low": low, "parameters_high": high})
     numbers: dict[str, Any] = {"runs": [dc.asdict(r) for r in found], "left_out": left, "fit": laws.told(done.law), "low": done.low, "high": done.high, "rms_log_error": done.error,
                                "optimum": optimum, "plot": str(picture)}
     own = numbers["fit"]
@@ -79,8 +80,8 @@ def fit(folder: str | pathlib.Path, *, bootstrap: int = 200) -> Report:
              f"{short(min(r.tokens for r in found))} to {short(max(r.tokens for r in found))} tokens, loss {'held out' if found[0].held_out else 'of training'}"),
             ("L(N, D)", f"{own['e']:.4g} + {own['a']:.4g} / N^{own['alpha']:.4g} + {own['b']:.4g} / D^{own['beta']:.4g}   (log loss off by {done.error:.2%} rms)")]
     rows += [(f"  {name}", f"{own[name]:.4g}   90 %: {done.low[name]:.4g} to {done.high[name]:.4g}") for name in ("e", "a", "b", "alpha", "beta", "exponent_n", "exponent_d")]
-    rows += [(f"for {short(x['flops'])} FLOPs", f"{short(x['parameters'])} parameters ({short(x['parameters_low'])} to {short(x['parameters_high'])}) on {short(x['tokens'])} tokens: loss {x['loss']:.3f}")
-             for x in optimum]
+    rows += [(f"for {short(x['flops'])} FLOPs", f"{short(x['parameters'])} parameters ({short(x['parameters_low'])} to {short(x['parameters_high'])}) on {short(x['tokens'])} tokens: "
+              f"loss {x['loss']:.3f}") for x in optimum]
     rows += [("left out", text) for text in left] + [("plot", str(picture))]
     return Report(numbers, table(rows))
 

@@ -20,7 +20,7 @@ def room(topology: Topology) -> float:
     return HEADROOM * CHIPS[topology.chip].share("hbm")
 
 
-def changed(config: RunConfig, layout: dict[str, int] | None = None, remat: Any = ..., **fields: Any) -> RunConfig:
+def changed(config: RunConfig, layout: dict[str, Any] | None = None, remat: Any = ..., **fields: Any) -> RunConfig:
     new = dc.replace(config, **fields)
     if layout is not None:
         new = dc.replace(new, layout=dc.replace(new.layout, **layout))

@@ -37,13 +37,14 @@ def weights(job: Job, add) -> None:
     for name, x in flatten(job.params).items():
         own = {a for entry in x.sharding.spec for a in mesh_axes(entry)}
         lookup = name.startswith(("embed/", "positions/", "types/")) and not config.model.tied          # rows are fetched, not tables
-        gathered = tuple(a for a in together if a in own and not ("expert" in labels[name].batch and a == "expert"))
+        stays = {axis for word in ("layer", "expert") if word in labels[name].batch for axis in mesh_axes(rules[word])}      # every device works on its own of these
+        gathered = tuple(a for a in together if a in own and a not in stays)
         whole = math.prod(x.shape) * item / math.prod(mesh.shape[a] for a in own if a not in gathered)
         n = math.prod(mesh.shape[a] for a in gathered)
         times = config.accumulate * (1 if name.startswith("head/") else 2)                              # the loss makes the head's gradient in the forward pass
         if not lookup:
             add(gathered, times * (n - 1) / n * whole)
-        reduced = tuple(a for a in together if not ("expert" in labels[name].batch and a == "expert"))
+        reduced = tuple(a for a in together if a not in stays)
         n = math.prod(mesh.shape[a] for a in reduced)
         if not lookup:
             add(reduced, config.accumulate * (1 if scattered and gathered == reduced else 2) * (n - 1) / n * whole)
@@ -69,4 +70,4 @@ def activations(job: Job, add) -> None:
         width = sum(2 * getattr(x.mixer, "kv_heads", 0) * getattr(x.mixer, "head_dim", 0) for x in model.layers) / job.over("kv_heads") / mesh.shape["stage"]
         add(("sequence",), (n - 1) * tokens * width * item * (again + 2))
     if mesh.shape["stage"] > 1:
-        add(("stage",), 2 * stream)
+        add(("stage",), 2 * stream * config.layout.interleave)

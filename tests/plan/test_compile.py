@@ -71,7 +71,8 @@ def test_groups(text, size):
 
 
 def test_the_last_words_of_a_compiler():
-    assert "Ran out of memory" in compile.reason("a\nXlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15G.\nFor simplicity, JAX has removed its internal frames", 1)
+    words = "a\nXlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15G.\nFor simplicity, JAX has removed its internal frames"
+    assert "Used 20G of 15G" in compile.reason(words, 1)
     assert compile.reason("", -11) == "the compiler ended with status -11"
 
 
@@ -87,7 +88,7 @@ SMALL = ["layout.fsdp=4", "batch_size=16", "context=512", "compute.remat=full", 
 
 @needs_libtpu
 def test_a_small_run_compiles(tmp_path):
-    config = settings.load("configs/pretrain.py:model=llama-3-8b", SMALL)
+    config = settings.load("configs/pretrain.py:model=qwen3-0.6b", SMALL)
     said = compile.run(config, chips.topology("v5e:2x2"), tmp_path)
     assert set(said["collectives"]) >= {"all-gather", "all-reduce"} and sum(said["kernels"].values()) >= 3 * 2 and said["estimated_cycles"] > 0 and not said["loops_counted_once"]
     assert json.loads((tmp_path / "program.meta.json").read_text())["temp_size_in_bytes"] > 0 and (tmp_path / "program.hlo").read_text().startswith("HloModule")
@@ -95,7 +96,7 @@ def test_a_small_run_compiles(tmp_path):
     held = sum(found["memory_per_device_bytes"][kind] for kind in ("weights", "optimizer", "batch"))
     assert said["memory"]["argument_size_in_bytes"] == pytest.approx(held, rel=0.03)               # the compiler pads small arrays to tiles
     text = (tmp_path / "program.hlo").read_text()
-    heads = [line for line in text.splitlines() if " all-gather(" in line and "[4096,2048]" in line.split(" all-gather(")[0] and "jvp()" in line]
+    heads = [line for line in text.splitlines() if " all-gather(" in line and "[2048,1024]" in line.split(" all-gather(")[0] and "jvp()" in line]
     assert len({line.split("channel_id=")[1].split(",")[0] for line in heads}) == 1                # once, whatever the chunks
 
 

@@ -1,5 +1,6 @@
 """Memory, traffic and time of a run: against the arrays a real state holds, closed forms, and what must move when a knob does."""
 import dataclasses as dc
+import itertools
 import json
 
 import jax
@@ -36,7 +37,7 @@ def test_what_lies_still_is_what_a_real_state_holds(layout):
 
 
 def test_kept_activations_under_full_remat_are_the_layers_inputs():
-    made, found = big("compute.remat=full")
+    _, found = big("compute.remat=full")
     inputs = 32 * 4 * 2048 * 4096 * 2
     assert inputs <= found["activations"] < 1.2 * inputs               # and what stands before the last norm, the tables of sines
 
@@ -105,7 +106,7 @@ def test_the_front_is_one():
     made, _ = plan("configs/pretrain.py:model=smollm2-135m", "layout.fsdp=4", "batch_size=32", topology="v5e:2x2")
     rows = search.front(made, price=None)
     assert len(rows) >= 2
-    for faster, slower in zip(rows, rows[1:]):
+    for faster, slower in itertools.pairwise(rows):
         assert faster["tokens_per_second"] >= slower["tokens_per_second"] and faster["bytes"] > slower["bytes"]
     assert all(row["bytes"] <= search.room(made.topology) for row in rows)
 
@@ -123,7 +124,8 @@ def test_refusals():
         plan(TINY, "batch_size=3", "layout.data=2")
 
 
-@pytest.mark.parametrize("text, devices", [("v5p:4x4x8", 128), ("v5p-128", 64), ("v5e-256", 256), ("v4:2x2x1", 4), ("7x:2x2x1", 8), ("tpu7x:4x4x4", 128), ("h100:8", 8), ("h100:16", 16), ("a100:3x8", 24), ("V6E:2x4", 8)])
+@pytest.mark.parametrize("text, devices", [("v5p:4x4x8", 128), ("v5p-128", 64), ("v5e-256", 256), ("v4:2x2x1", 4), ("7x:2x2x1", 8), ("tpu7x:4x4x4", 128),
+                                           ("h100:8", 8), ("h100:16", 16), ("a100:3x8", 24), ("V6E:2x4", 8)])
 def test_topologies(text, devices):
     assert chips.topology(text).devices == devices
 
@@ -145,3 +147,14 @@ def test_a_published_size_is_trainable(tmp_path):
                                                                        "data.tokenizer.vocab_size=300", "model.vocab_size=512", "data.validation=None"])
     found = run.train_model(config, tmp_path, quiet=True)
     assert jnp.isfinite(found["loss"])
+
+
+def test_stages_wait_for_each_other_and_share_the_layers():
+    overrides = ["layout.stage=4", "layout.fsdp=16", "batch_size=256", "context=2048"]
+    one, alone = big()
+    made, found = plan("configs/pretrain.py:model=llama-3-8b", *overrides, "layout.microbatches=4", topology="v5p:4x4x4")
+    many, _ = plan("configs/pretrain.py:model=llama-3-8b", *overrides, "layout.microbatches=16", topology="v5p:4x4x4")
+    seconds = [roofline.step_time(m, f)["compute"] for m, f in ((one, alone), (made, found), (many, found))]
+    assert seconds[1] / seconds[0] == pytest.approx(1 + 3 / 4) and seconds[2] / seconds[0] == pytest.approx(1 + 3 / 16)      # (stages - 1) / microbatches
+    assert "stage" in traffic.per_axis(made) and traffic.per_axis(made)["fsdp"] < 0.5 * traffic.per_axis(one)["fsdp"]       # a stage gathers its own layers
+    assert found["weights"] < 1.5 * alone["weights"]                                                                          # embedding and head are not divided over stages
