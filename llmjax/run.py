@@ -20,7 +20,7 @@ from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
-FREE = ("layout", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")     # what a run may change when it goes on
+FREE = ("layout", "offload_optimizer", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")     # what a run may change when it goes on
 
 
 # train
@@ -58,7 +58,7 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
     with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
         places = None if mesh.size == 1 else shardings(labels, models.abstract_params(model), mesh, config.layout.rules)
         store = checkpoint.Store(workdir / "checkpoints", keep=config.keep)
-        state, extra = start(model, optimizer, key, places, store)
+        state, extra = start(model, optimizer, key, places, store, config.offload_optimizer)
         place, part = placing(mesh, config)
         loader = corpus.train.loader(config.batch_size, 0, *part)
         if extra:
@@ -122,15 +122,15 @@ def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
     return models.Decoder(pretrained.with_ids(c, tokenizer), config.compute, config.layout)
 
 
-def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store) -> tuple[train.State, dict]:
+def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store, offload: bool) -> tuple[train.State, dict]:
     """A fresh state, or the newest checkpoint's straight in its place. -> (state, what was stored beside it)."""
     latest = store.latest()
     if latest is None:
-        return train.init(models.init_params(model, key, places), optimizer, key), {}
+        return train.init(models.init_params(model, key, places), optimizer, key, offload=offload), {}
     like = models.abstract_params(model)
     if places is not None:
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
-    return store.restore(latest, train.abstract(like, optimizer, key))
+    return store.restore(latest, train.abstract(like, optimizer, key, offload=offload))
 
 
 def make_loggers(config: RunConfig, workdir: pathlib.Path, begun: int, console: train.Console) -> tuple:

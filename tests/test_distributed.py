@@ -10,11 +10,12 @@ import time
 
 import numpy as np
 import pytest
+from jax import numpy as jnp
 from safetensors.numpy import load_file
 from tiny_models import free_port
 
 from llmjax import run, settings, train
-from llmjax.core import Distributed, heartbeat
+from llmjax.core import ConfigError, Distributed, heartbeat
 
 ROOT = pathlib.Path(__file__).parent.parent
 KNOBS = ("log_every=1", "checkpoint_every=3", "eval_every=None", "compute.dtype=float32", "compute.unroll=False", "data.source.max_bytes=150000", "batch_size=8", "schedule=Constant()",
@@ -278,6 +279,11 @@ def test_one_process_starts_nothing(monkeypatch):
         together.enter(3)
         together.agree(["a = 1"], "")
     distributed.barrier("x")
+    for name, value in place(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    np.asarray(jnp.zeros(1))
+    with pytest.raises(ConfigError, match="process 1 of 2.*jax already uses its devices"), distributed.session(config()):
+        pass
     assert json.dumps(settings.to_json(config("distributed.step_timeout=None")))
     with pytest.raises(ValueError, match="distributed.heartbeat_timeout=0"):
         config("distributed.heartbeat_timeout=0")

@@ -165,6 +165,7 @@ class RunConfig:
     eval_every: Duration | None = "25%"
     checkpoint_every: Duration | None = "25%"
     keep: int = 3                      # how many checkpoints stay
+    offload_optimizer: bool = False    # the optimiser's state waits in the host's memory between its uses
     tensorboard: bool = False
     sample: str | None = None          # a prompt to continue when the run ends
     distributed: Distributed = Distributed()

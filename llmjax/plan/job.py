@@ -57,7 +57,7 @@ class Job:
         return size
 
     def state(self) -> train.State:
-        return train.abstract(self.params, self.optimizer, jax.eval_shape(lambda: jax.random.key(0)))
+        return train.abstract(self.params, self.optimizer, jax.eval_shape(lambda: jax.random.key(0)), offload=self.config.offload_optimizer)
 
     def batch(self, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
         shape, place = (self.config.batch_size, self.config.context), batch_sharding(mesh, 2, self.config.layout.rules)

@@ -15,7 +15,7 @@ from llmjax.core import ConfigError, DataError, nearest
 from llmjax.core.platform import compiler_options
 from llmjax.core.tree import merge
 from llmjax.objectives import Mean, Objective
-from llmjax.train.state import State, mesh_of
+from llmjax.train.state import State, fetched, mesh_of, waiting
 
 Metrics = dict[str, jax.Array]
 
@@ -54,10 +54,12 @@ def make_step(apply: Callable, objective: Objective, optimizer: optax.GradientTr
     (a scalar), changes nothing but the step's number. metrics: float32 scalars: loss, grad_norm, tokens (what carries weight), those of the objective, and `skipped`.
     Raises DataError for a batch that lacks a key or does not divide, ConfigError where `frozen` lacks a model.
     """
-    def step(state: State, batch: dict, frozen: Any, limit: jax.Array | None) -> tuple[State, Metrics]:
+    def step(state: State, batch: dict, frozen: Any, limit: jax.Array | None, places: Any = None) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, loss, said = gradients(apply, objective, state.params, batch, frozen, key, accumulate)
         norm = optax.global_norm(grads)
+        if places is not None:         # the moments wait in the host's memory until here
+            state = dc.replace(state, opt_state=fetched(state.opt_state, places.opt_state))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = dc.replace(state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
         metrics = {"loss": loss.value(), **{name: x.value() for name, x in said.items()}, "grad_norm": norm, "tokens": loss.count}
@@ -76,8 +78,9 @@ def make_step(apply: Callable, objective: Objective, optimizer: optax.GradientTr
 
     def program(state: State, batch: dict, frozen: Any = None, limit: Any = None) -> Any:
         """The jitted step for these arguments, arrays or shapes; under their mesh."""
-        places = None if mesh_of(state.params) is None else (jax.tree.map(lambda x: x.sharding, state), None)
-        make = functools.partial(jax.jit, step, donate_argnums=0, out_shardings=places)
+        offloaded = waiting(state)
+        places = None if mesh_of(state.params) is None and offloaded is None else (jax.tree.map(lambda x: x.sharding, state), None)
+        make = functools.partial(jax.jit, functools.partial(step, places=offloaded), donate_argnums=0, out_shardings=places)
         return make(compiler_options=compiler_options(make().trace(state, batch, frozen, limit)))
 
     def run(state: State, batch: dict, frozen: Any = None, limit: Any = None) -> tuple[State, Metrics]:

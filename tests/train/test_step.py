@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from llmjax import train
-from llmjax.core import Attention, Compute, ConfigError, DataError, Layer, MixtureOfExperts, Mlp, ModelConfig, shardings
+from llmjax.core import Attention, Compute, ConfigError, DataError, Layer, MixtureOfExperts, Mlp, ModelConfig, make_mesh, shardings
 from llmjax.core.leaves import Lora, add_lora, quantize_int8
 from llmjax.core.tree import map_named, split
 from llmjax.models import Decoder, abstract_params, init_params, labels
@@ -114,3 +114,23 @@ def test_the_batch_is_checked():
 def test_means_add_up():
     a, b = Mean(jnp.float32(6), jnp.float32(2)), Mean(jnp.float32(1), jnp.float32(8))
     assert float((a + b).value()) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("axes", [None, dict(fsdp=4, tensor=2)], ids=["one device", "fsdp4 tensor2"])
+def test_moments_that_wait_in_the_hosts_memory_change_nothing(axes):
+    """Bit for bit, and after each step they are there again; a step that is skipped too."""
+    model, params, batch = setting()
+    mesh, optimizer = (None if axes is None else make_mesh(**axes)), optax.adam(1e-2)
+    if mesh is not None:
+        params = jax.tree.map(jax.device_put, params, shardings(labels(model), abstract_params(model), mesh))
+    states = []
+    for offload in (False, True):
+        state = train.init(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(1), offload=offload)
+        step = train.make_step(model.apply, NextToken(), optimizer, skip=True)
+        for limit in (100.0, 100.0, 0.1):
+            state, metrics = step(state, batch, None, np.float32(limit))
+        assert float(metrics["skipped"]) == 1
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim}
+        assert kinds == {"pinned_host" if offload else "device"}
+        states.append(jax.device_get(state.params))
+    assert far(*states) == 0
