@@ -20,7 +20,8 @@ from llmjax.core.override import as_text, from_json, to_json
 from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
-FREE = ("layout", "offload_optimizer", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")     # what a run may change when it goes on
+# what a run may change when it goes on
+FREE = ("layout", "offload_optimizer", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")
 
 
 # train
