@@ -22,14 +22,17 @@ from llmjax.core.tree import flatten
 from llmjax.kernels.cross_entropy import CHUNK
 from llmjax.plan.figures import cache_bytes
 from llmjax.plan.job import Job
+from llmjax.train.state import HOST
 
 KINDS = ("weights", "optimizer", "gradients", "batch", "activations", "layer", "logits")
 
 
-def held(tree: Any) -> int:
-    """Bytes one device holds of a tree of shapes with shardings."""
+def held(tree: Any, host: bool = False) -> int:
+    """Bytes one device holds of a tree of shapes with shardings; host: those that wait in the host's memory instead."""
     total = 0
     for x in jax.tree.leaves(tree):
+        if (getattr(getattr(x, "sharding", None), "memory_kind", None) == HOST) is not host:
+            continue
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
         total += math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
     return total
@@ -120,7 +123,7 @@ def estimate(job: Job) -> dict[str, float]:
         "layer": working * job.rows + 3 * layer_weights(job),                # two layers' weights, one in use and one on its way, and one layer's gradient before it is divided
         "logits": 2 * item * V * D + (4 + item) * job.rows * chunk * V + item * job.rows * length * D,
     }
-    found["host"] = host * job.rows / job.mesh.shape["stage"]
+    found["host"] = host * job.rows / job.mesh.shape["stage"] + held(state.opt_state, host=True)
     moving = max(found["layer"], found["logits"])
     total = sum(found[kind] for kind in KINDS[:5]) + moving
     spread = job.over("kv_heads") if all(getattr(x.mixer, "kv_heads", 1) > 1 for x in config.model.layers) else 1

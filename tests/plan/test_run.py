@@ -165,3 +165,9 @@ def test_offloaded_inputs_lie_with_the_host():
     _, moved = big("compute.remat=offload")
     inputs = 32 * 4 * 2048 * 4096 * 2
     assert kept["host"] == 0 and moved["host"] == inputs and moved["activations"] == kept["activations"] - inputs
+
+
+def test_an_optimiser_that_waits_with_the_host():
+    made, near = plan(TINY, "layout.fsdp=8")
+    _, far = plan(TINY, "layout.fsdp=8", "offload_optimizer=True")
+    assert far["host"] == pytest.approx(near["optimizer"], abs=100) and far["optimizer"] < 100 and made.devices == 8
