@@ -22,7 +22,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 class Compute:
     """How a model is computed; but for `capacity` the answer does not depend on it beyond rounding.
 
-    remat: which activations the backward pass recomputes: None (keeps all), "full" (keeps a layer's input), "dots" (keeps matrix products' results).
+    remat: which activations the backward pass recomputes: None (keeps all), "full" (keeps a layer's input), "offload" (keeps it in the host's memory), "dots" (keeps matrix products'
+    results).
     """
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
@@ -31,7 +32,7 @@ class Compute:
     experts: Literal["auto", "blocks", "ragged", "loop"] = "auto"      # the grouped product of a mixture of experts
     dispatch: Literal["auto", "gather", "exchange"] = "auto"           # how its tokens reach experts on other devices (models/dispatch.py)
     capacity: float | None = None      # rows an expert takes of a device's tokens, over its even share; what is over is dropped. None: nothing is
-    remat: Literal["full", "dots"] | None = None
+    remat: Literal["full", "offload", "dots"] | None = None
     scan: bool = True                  # weights of repeated layers stacked and scanned: small programs; False: every layer apart
     unroll: bool | None = None         # run the scan as straight code where there is no cache; None: on a CPU alone, where that is a quarter faster and compiles longer
 

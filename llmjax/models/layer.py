@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core import Compute, Layout, constrain, dot
 from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, Layer, LinearAttention, MixtureOfExperts, Mlp, Norm
@@ -18,7 +19,7 @@ from llmjax.models.gated_delta import GatedDeltaNet
 from llmjax.models.latent_attention import MultiHeadLatentAttention
 from llmjax.models.linear_attention import LinearMultiHeadAttention
 from llmjax.models.mixture_of_experts import Experts
-from llmjax.models.module import Module, compact, vector, weight
+from llmjax.models.module import LAYER_INPUT, Module, compact, vector, weight
 from llmjax.models.norms import Normalize
 
 MIXERS = {Attention: MultiHeadAttention, LatentAttention: MultiHeadLatentAttention, GatedDelta: GatedDeltaNet, LinearAttention: LinearMultiHeadAttention}
@@ -87,6 +88,7 @@ class Block(Module):
     @compact
     def __call__(self, x: jax.Array, stored: Entry | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Entry | None, dict[str, Seen]]:
         layer, lent = self.layer, {}
+        x = checkpoint_name(x, LAYER_INPUT) if self.compute.remat == "offload" else x
         box: list = [stored.own, stored.source] if isinstance(stored, WithSource) else [stored, None]
 
         def mix(h):

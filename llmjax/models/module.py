@@ -105,7 +105,11 @@ def scan(cell: type[Module], length: int) -> Any:
     return nn.scan(cell, variable_axes={"params": 0, "aux": 0}, split_rngs={"params": True}, length=length, in_axes=(0, nn.broadcast), metadata_params={})
 
 
-POLICIES = {"full": jax.checkpoint_policies.save_only_these_names(*KEPT), "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+LAYER_INPUT = "layer_input"            # how `checkpoint_name` calls what goes into a layer
+POLICIES = {"offload": jax.checkpoint_policies.save_and_offload_only_these_names(names_which_can_be_saved=list(KEPT), names_which_can_be_offloaded=[LAYER_INPUT],
+                                                                                 offload_src="device", offload_dst="pinned_host"),
+            "full": jax.checkpoint_policies.save_only_these_names(*KEPT),
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def rematerialised(cell: type[Module], remat: str | None, scanned: bool) -> Any:

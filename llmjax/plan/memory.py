@@ -22,14 +22,17 @@ from llmjax.core.tree import flatten
 from llmjax.kernels.cross_entropy import CHUNK
 from llmjax.plan.figures import cache_bytes
 from llmjax.plan.job import Job
+from llmjax.train.state import HOST
 
 KINDS = ("weights", "optimizer", "gradients", "batch", "activations", "layer", "logits")
 
 
-def held(tree: Any) -> int:
-    """Bytes one device holds of a tree of shapes with shardings."""
+def held(tree: Any, host: bool = False) -> int:
+    """Bytes one device holds of a tree of shapes with shardings; host: those that wait in the host's memory instead."""
     total = 0
     for x in jax.tree.leaves(tree):
+        if (getattr(getattr(x, "sharding", None), "memory_kind", None) == HOST) is not host:
+            continue
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
         total += math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
     return total
@@ -56,8 +59,9 @@ def one_device(platform: str) -> AbstractMesh:
 
 
 @functools.lru_cache(maxsize=256)
-def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, platform: str) -> tuple[int, int]:
-    """What the backward pass of [rows, length] tokens keeps of everything before the head. -> (bytes of activations, bytes of weights in another dtype than they are stored in)."""
+def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, platform: str) -> tuple[int, int, int]:
+    """What the backward pass of [rows, length] tokens keeps of everything before the head. -> (bytes of activations, of weights in another dtype than they are stored in, and of activations
+    in the host's memory)."""
     model = models.Decoder(config, compute)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
@@ -69,12 +73,17 @@ def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, pla
     jaxpr = closed.jaxpr
     given = {id(v) for v in jaxpr.invars}
     made = {id(v): e for e in jaxpr.eqns for v in e.outvars}
-    weights = activations = 0
+    weights = activations = host = 0
     for v in {id(v): v for v in jaxpr.outvars if id(v) not in given and not hasattr(v, "val")}.values():
         size = math.prod(v.aval.shape) * (v.aval.dtype.itemsize if hasattr(v.aval.dtype, "itemsize") else 8)
         cast = id(v) in made and made[id(v)].primitive.name == "convert_element_type" and all(id(u) in given for u in made[id(v)].invars)
-        weights, activations = (weights + size, activations) if cast else (weights, activations + size)
-    return activations, weights
+        if getattr(v.aval, "memory_space", None) == jax.memory.Space.Host:
+            host += size
+        elif cast:
+            weights += size
+        else:
+            activations += size
+    return activations, weights, host
 
 
 def layers_alone(config: ModelConfig) -> ModelConfig:
@@ -96,13 +105,14 @@ def layer_weights(job: Job) -> int:
 
 
 def estimate(job: Job) -> dict[str, float]:
-    """-> bytes per device by kind (KINDS), "total" of them at the worst moment, and beside it "cache": keys and values of the whole batch at its full length, for decoding."""
+    """-> bytes per device by kind (KINDS), "total" of them at the worst moment, and beside it "host" (what is offloaded to the host's memory) and "cache": keys
+    and values of the whole batch at its full length, for decoding."""
     config, compute = job.config, job.config.compute
     platform = "tpu"                   # a GPU's attention keeps the same arrays, and its kernel cannot be traced without one
     share, length = local(config.model, job), config.context // job.over("length")
     item = jnp.dtype(compute.dtype).itemsize
-    kept, _ = residuals(share, compute, 1, length, platform)
-    working, _ = residuals(layers_alone(share), dc.replace(compute, remat=None), 1, length, platform)
+    kept, _, host = residuals(share, compute, 1, length, platform)
+    working, _, _ = residuals(layers_alone(share), dc.replace(compute, remat=None), 1, length, platform)
     V, D = config.model.vocab_size // job.over("vocab"), config.model.dim
     chunk = min(getattr(config.objective, "chunk", None) or max(1, CHUNK // job.rows), length)
     state = job.state()
@@ -113,6 +123,7 @@ def estimate(job: Job) -> dict[str, float]:
         "layer": working * job.rows + 3 * layer_weights(job),                # two layers' weights, one in use and one on its way, and one layer's gradient before it is divided
         "logits": 2 * item * V * D + (4 + item) * job.rows * chunk * V + item * job.rows * length * D,
     }
+    found["host"] = host * job.rows / job.mesh.shape["stage"] + held(state.opt_state, host=True)
     moving = max(found["layer"], found["logits"])
     total = sum(found[kind] for kind in KINDS[:5]) + moving
     spread = job.over("kv_heads") if all(getattr(x.mixer, "kv_heads", 1) > 1 for x in config.model.layers) else 1

@@ -158,3 +158,16 @@ def test_stages_wait_for_each_other_and_share_the_layers():
     assert seconds[1] / seconds[0] == pytest.approx(1 + 3 / 4) and seconds[2] / seconds[0] == pytest.approx(1 + 3 / 16)      # (stages - 1) / microbatches
     assert "stage" in traffic.per_axis(made) and traffic.per_axis(made)["fsdp"] < 0.5 * traffic.per_axis(one)["fsdp"]       # a stage gathers its own layers
     assert found["weights"] < 1.5 * alone["weights"]                                                                          # embedding and head are not divided over stages
+
+
+def test_offloaded_inputs_lie_with_the_host():
+    _, kept = big("compute.remat=full")
+    _, moved = big("compute.remat=offload")
+    inputs = 32 * 4 * 2048 * 4096 * 2
+    assert kept["host"] == 0 and moved["host"] == inputs and moved["activations"] == kept["activations"] - inputs
+
+
+def test_an_optimiser_that_waits_with_the_host():
+    made, near = plan(TINY, "layout.fsdp=8")
+    _, far = plan(TINY, "layout.fsdp=8", "offload_optimizer=True")
+    assert far["host"] == pytest.approx(near["optimizer"], abs=100) and far["optimizer"] < 100 and made.devices == 8
