@@ -14,11 +14,15 @@ from llmjax.core.model_config import Attention, LatentAttention, ModelConfig
 from llmjax.kernels.attention import exchange
 
 
-def form(config: ModelConfig, compute: Compute, layout: Layout) -> str | None:
-    """"ring" or "ulysses", how attention goes over a divided row of this model on the ambient mesh, or None where rows are whole. `auto` is ulysses where the kv heads of a device
-    divide over the axis (each sends queries, keys, values and answers once), else ring. Raises ConfigError for ulysses where some layer's heads do not divide."""
+def form(config: ModelConfig, compute: Compute, layout: Layout, shape: tuple[int, ...]) -> str | None:
+    """"ring" or "ulysses", how attention goes over divided rows [B, T] of this model on the ambient mesh, or None where rows are whole, or stay so because B or T does not divide.
+
+    `auto` is ulysses where the kv heads of a device divide over the axis (each sends queries, keys, values and answers once), else ring. Raises ConfigError for ulysses where some
+    layer's heads do not divide.
+    """
     _, _, parts = free_axes("length", layout.rules)
-    if parts == 1:
+    _, _, rows = free_axes("batch", layout.rules)
+    if parts == 1 or shape[0] % rows or shape[1] % (2 * parts):
         return None
     _, _, columns = free_axes("heads", layout.rules)
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention | LatentAttention)]

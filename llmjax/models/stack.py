@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Compute, Layout, constrain, dot, free_axes, platform, take
+from llmjax.core import Compute, Layout, constrain, dot, platform, take
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, unrolled
 from llmjax.core.positions import Disentangled, RelativeBuckets
@@ -118,8 +118,7 @@ class Stack(Model):
         c, T = self.config, tokens.shape[1]
         if c.learned_positions and positions is None and cache is None and T + c.position_offset > c.learned_positions:
             raise ConfigError(f"{T} tokens: the model has {c.learned_positions - c.position_offset} learned positions; shorten the text")
-        _, _, parts = free_axes("length", self.layout.rules)
-        across = sequence.form(c, self.compute, self.layout) if cache is None and prefix is None and T % (2 * parts) == 0 else None
+        across = sequence.form(c, self.compute, self.layout, tokens.shape) if cache is None and prefix is None else None
         zigzag = across == "ring" and sequence.balanced(c)
         if zigzag:
             places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
