@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--config", required=required, metavar="FILE.py[:arg=value,…]", help="a Python file with get_config, its arguments after a colon; or a run's config.json")
         parser.add_argument("--config.FIELD", dest="override_help", metavar="VALUE", help="override a field, as in --config.optimizer.learning_rate=1e-3 (`llmjax show` lists them)")
 
+    def computed(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+        parser.add_argument("--quantize", choices=["int8"], help="weights in int8, one scale per output channel (as they are stored)")
+
     def sampled(parser: argparse.ArgumentParser, tokens: int) -> None:
         parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=tokens, help=f"at most this many new tokens ({tokens})")
         parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (0)")
@@ -57,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, help="above 1 makes tokens already there less likely")
         parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
         parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
-        parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+        computed(parser)
 
     p = add("train", "A run's folder holds config.json, metrics.jsonl, checkpoints/, hf/ (the model in Hugging Face layout) and plots/.\n"
                      "example: llmjax train --config=configs/quickstart.py:size=tiny --config.steps=20 --workdir=runs/a\n\n"
@@ -87,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--field", default="text", help="the text's field in jsonl (text)")
     p.add_argument("--context", type=int, help="tokens per row (1024, at most the model's own)")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="rows at a time (8)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+    computed(p)
     p.add_argument("--json", action="store_true", help="one JSON line")
 
     p = add("convert", "examples: llmjax convert smollm2 out/ --dtype=float32\n          llmjax convert hf:org/name model.gguf --to=gguf --dtype=q8_0 --check\n"
@@ -201,7 +205,7 @@ def workdir_of(args: argparse.Namespace) -> pathlib.Path:
 
 def knobs(args: argparse.Namespace) -> dict[str, Any]:
     return dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-                stop=args.stop, seed=args.seed, dtype=args.dtype)
+                stop=args.stop, seed=args.seed, dtype=args.dtype, quantize=args.quantize)
 
 
 def on_train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -235,7 +239,7 @@ def on_chat(args: argparse.Namespace, _: list[str]) -> int:
 
 def on_eval(args: argparse.Namespace, _: list[str]) -> int:
     from llmjax import run
-    found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, progress=not args.json)
+    found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, quantize=args.quantize, progress=not args.json)
     print(json.dumps(found) if args.json else "\n".join(f"{k:<14} {v:,.4f}" if k != "tokens" else f"{k:<14} {v:,.0f}" for k, v in found.items()))
     return 0
 

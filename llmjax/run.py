@@ -214,9 +214,10 @@ def read_prompts(file: str | pathlib.Path) -> list[str]:
     return prompts
 
 
-def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
+def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, quantize: str | None = None,
+             **knobs: Any) -> Iterator[dict[str, Any]]:
     """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer; call decode.generate with ids from Python")
     module, params = decode.prepare(module, params)
@@ -233,10 +234,10 @@ def usual_dtype() -> DType:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def chat(model: str, *, system: str | None = None, dtype: DType | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
+def chat(model: str, *, system: str | None = None, dtype: DType | None = None, quantize: str | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
     """A conversation on the terminal. `lines`: an iterator of what the user says (default: asks for it); /reset forgets, /quit ends."""
     out = out or sys.stdout
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     session = decode.Session(module, params, tokenizer, system=system)
     del params
     if lines is None:
@@ -274,11 +275,14 @@ def ask(lines: Any) -> str | None:
 
 # eval, tokenizer, data, show (convert has a room of its own)
 
-def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None, progress: bool = True) -> dict[str, float]:
-    """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens."""
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None,
+             quantize: str | None = None, progress: bool = True) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens. A quantised model is measured as it decodes."""
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer, a text cannot be scored")
+    if quantize:
+        module, params = decode.prepare(module, params)
     source = data.JsonLines(file, field) if file.endswith(data.sources.JSON_SUFFIXES) else data.TextFiles(file)
     length = min(context or 1024, module.config.context)
     batches = data.scoring_batches(data.documents(source), tokenizer, context=length, batch_size=batch_size)
