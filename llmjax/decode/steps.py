@@ -12,14 +12,35 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from llmjax.core import ConfigError
 from llmjax.decode.sampling import Sampling, sample
 from llmjax.models import Cache, Decoder, State, grow_cache, jit_by_model
+from llmjax.models import copy_pages as with_copies
 from llmjax.models import init_cache as empty_cache
+from llmjax.models import init_paged as empty_pages
 
 
 def init_cache(model: Decoder, batch_size: int, length: int, dtype: Any = None) -> Cache:
     """An empty cache of `length` positions for `batch_size` rows, in the computing dtype unless said otherwise."""
     return empty_cache(model.config, batch_size, length, jnp.dtype(dtype or model.compute.dtype))
+
+
+def init_paged(model: Decoder, rows: int, pages: int, *, length: int, page: int = 16, dtype: Any = None) -> Cache:
+    """An empty paged cache: `pages` pages of `page` positions in one pool for up to `rows` rows of up to `length` positions each, in the computing dtype unless said otherwise.
+
+    Before a call the host hands in where the rows' pages are, `dc.replace(cache, table=…)`, [B, W] int32 with W up to ceil(length / page); an entry below 0 is no page. Position p of row b
+    lies in page table[b, p // page] at offset p mod page; a call writes its tokens there (those of segment 0 nowhere) and sees the row's positions 0 … p, whoever wrote them. Positions
+    are always given. A call costs what the longest of its rows has written, whatever W is. B may be any number where no layer is recurrent; states are kept for each of the `rows` and
+    forgotten where a row's position 0 comes again. The bookkeeping is `decode.Pages`.
+    Raises ConfigError for encoder-decoders, and for layers that are not causal or know relative positions alone.
+    """
+    return empty_pages(model.config, rows, pages, length, page, jnp.dtype(dtype or model.compute.dtype))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_pages(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    """The paged cache with what pages `source` [n] int32 hold also in pages `target` [n] (copy on write); pairs whose target is below 0 are passed over, so that n can stay the same."""
+    return with_copies(cache, source, target)
 
 
 @jit_by_model(donate_argnames="cache")
@@ -97,26 +118,34 @@ def loop(model: Decoder, params: Any, state: Decoding, sampling: Sampling, end_t
 @functools.partial(jax.jit, donate_argnames="cache")
 def rewind(cache: Cache, lengths: jax.Array) -> Cache:
     """Forgets every token at position `lengths` [B] or later. Exact for layers without a ring; a ring has already overwritten what lay a window before the newest token,
-    so rewind only where nothing was lost (`can_rewind`)."""
+    so rewind only where nothing was lost (`can_rewind`). A paged cache has nothing to forget: what lies beyond a row's newest position is not seen."""
     slots = {size: dc.replace(s, segments=jnp.where(s.positions < lengths[:, None], s.segments, 0)) for size, s in cache.slots.items()}
     return dc.replace(cache, slots=slots)
 
 
 def can_rewind(cache: Cache) -> bool:
     """Whether every layer keeps all positions: none has a ring, and none a state, which no token can be taken out of."""
-    return len(cache.slots) == 1 and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
+    return len(cache.slots) <= 1 and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
 
 
 @jit_by_model(static_argnums=1)
 def grow(model: Decoder, cache: Cache, length: int) -> Cache:
-    """The same cache with room for `length` positions."""
+    """The same cache with room for `length` positions. Raises ConfigError for a paged one, whose rows get more pages instead."""
+    check_contiguous(cache, "grow", "give its rows more pages")
     return grow_cache(model.config, cache, length)
 
 
 @functools.partial(jax.jit, static_argnames="times")
 def repeat_rows(cache: Cache, times: int) -> Cache:
-    """Each row `times` times in a row: one prompt, several continuations."""
+    """Each row `times` times in a row: one prompt, several continuations. Raises ConfigError for a paged cache, whose rows share pages instead."""
+    check_contiguous(cache, "repeat_rows", "name the same pages in several rows of its table")
     def on(axis):
         return lambda x: jnp.repeat(x, times, axis)
     layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
     return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), source=jax.tree.map(on(0), cache.source))
+
+
+def check_contiguous(cache: Cache, what: str, instead: str) -> None:
+    """Raises ConfigError for a paged cache."""
+    if cache.page is not None:
+        raise ConfigError(f"{what}: this cache is paged; {instead}")

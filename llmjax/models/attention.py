@@ -18,11 +18,14 @@ from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, platfo
 from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
-from llmjax.models.cache import KeyValue, Plan, remember
+from llmjax.models.cache import KeyValue, Plan, Pool, remember
 from llmjax.models.context import Context, Seen
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
+from llmjax.models.paged import InPages, write
 from llmjax.models.relative import disentangled
+
+Kept = KeyValue | Pool | None
 
 
 class MultiHeadAttention(Module):
@@ -33,7 +36,7 @@ class MultiHeadAttention(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None] | tuple[jax.Array, KeyValue | None, Seen]:
+    def __call__(self, x: jax.Array, context: Context, stored: Kept) -> tuple[jax.Array, Kept] | tuple[jax.Array, Kept, Seen | InPages]:
         a = self.spec
         names = ("q",) if a.borrows else ("q", "k") if a.shared_kv else ("q", "k", "v")
         q, *kv = (y if a.clip is None else jnp.clip(y, -a.clip, a.clip) for y in self.projected(x, *names))
@@ -109,11 +112,11 @@ class CrossAttention(MultiHeadAttention):
     """x [B, T, D] attends to an encoder's output: context.source [B, S, D], or its keys and values in the cache -> ([B, T, D], those keys and values)."""
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(self, x: jax.Array, context: Context, stored: Kept) -> tuple[jax.Array, KeyValue]:
         q, = self.projected(x, "q")
         if context.source is not None:
             stored = KeyValue(*self.projected(context.source, "k", "v", axis="source"))
-        assert stored is not None
+        assert isinstance(stored, KeyValue)
         k, v = stored.k.astype(q.dtype), stored.v.astype(q.dtype)
         mine = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None and context.source_segments is not None else context.segments
         with jax.named_scope("attend"):
@@ -136,11 +139,15 @@ def slopes(spec: Alibi, heads: int) -> jax.Array:
     return (values.astype(jnp.bfloat16).astype(jnp.float32) if spec.rounded else values) * spec.scale
 
 
-def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, window: int | None) -> tuple[Seen, KeyValue | None]:
+def look(k: jax.Array, v: jax.Array, context: Context, stored: Kept, window: int | None) -> tuple[Seen | InPages, Kept]:
     """-> (what this call's queries may look at, the layer's cache with k and v in it): the call's own keys, or the cache's, or (a ring that this call would overwrite) both."""
     mine = Seen(k, v, context.positions, context.segments, True)
     if stored is None:
         return mine, None
+    if isinstance(stored, Pool):
+        assert context.paging is not None
+        stored = write(stored, k, v, context.paging.index)
+        return InPages(stored.k, stored.v), stored
     place: Plan = context.plans[stored.k.shape[1]]
     old, stored = stored, remember(stored, k, v, place)
     if context.empty and k.shape[1] > 1:
@@ -153,9 +160,15 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, 
     return Seen(keys, values, positions, known, False), stored
 
 
-def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout,
+def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout,
            sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
+    if isinstance(seen, InPages):
+        assert context.paging is not None
+        newest = context.reach(q.shape[1])
+        assert newest is not None
+        rule = kernels.Rule(chunk=spec.window) if spec.chunked else kernels.Rule(spec.window, globals=spec.globals)
+        return kernels.paged(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)

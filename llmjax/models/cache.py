@@ -35,6 +35,14 @@ class KeyValue:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
+class Pool:
+    """Keys and values of all rows in pages: k [P, page, K, H], v [P, page, K, Hv]; with a leading [repeats] axis in a scanned cycle. `Cache.table` says which page holds what."""
+    k: jax.Array
+    v: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
 class State:
     """What a recurrent layer made of all tokens so far: state [B, heads, key dim, value dim] float32, segment [B] int32 (what it belongs to; 0: nothing yet); `recent`: of a layer with
     a convolution the inputs [B, W - 1, …] it still sees and their segments [B, W - 1]. With a leading [repeats] axis in a scanned cycle."""
@@ -43,7 +51,7 @@ class State:
     recent: tuple[jax.Array, jax.Array] | None = None
 
 
-Own = KeyValue | State | None      # None: of a layer that borrows what another keeps
+Own = KeyValue | Pool | State | None      # None: of a layer that borrows what another keeps
 
 
 @register_dataclass
@@ -61,16 +69,20 @@ Entry = Own | WithSource
 @dc.dataclass(frozen=True)
 class Cache:
     """layers: {"prefix": (KeyValue, State or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
-    alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call."""
+    alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call.
+
+    A paged cache (models/paged.py) has no slots but a table [B, W] int32 and `page` (static), how many positions stand in a page."""
     layers: dict[str, tuple[Entry, ...]]
     slots: dict[int, Slots]
     empty: bool = dc.field(default=False, metadata=dict(static=True))
     source: jax.Array | None = None
+    table: jax.Array | None = None
+    page: int | None = dc.field(default=None, metadata=dict(static=True))
 
     @property
     def length(self) -> int:
         """How many positions fit."""
-        return max(self.slots)
+        return max(self.slots) if self.page is None or self.table is None else self.page * self.table.shape[1]
 
 
 @register_dataclass
