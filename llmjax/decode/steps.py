@@ -13,20 +13,36 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llmjax.core import ConfigError
+from llmjax.core.errors import nearest
 from llmjax.decode.sampling import Sampling, sample
+from llmjax.kernels.attention.stored import QUANTIZED
 from llmjax.models import Cache, Decoder, State, grow_cache, jit_by_model
 from llmjax.models import copy_pages as with_copies
 from llmjax.models import init_cache as empty_cache
 from llmjax.models import init_paged as empty_pages
 
+FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
 
 def init_cache(model: Decoder, batch_size: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch_size` rows, in the computing dtype unless said otherwise."""
-    return empty_cache(model.config, batch_size, length, jnp.dtype(dtype or model.compute.dtype))
+    """An empty cache of `length` positions for `batch_size` rows. dtype: what keys and values are kept in, a float dtype (the computing dtype unless given), "int8" or "int4"
+    (kernels/attention/stored.py; benchmarks/cache_quality.py measures what it costs). Raises ConfigError for another."""
+    return empty_cache(model.config, batch_size, length, *kept_in(model, dtype))
+
+
+def kept_in(model: Decoder, dtype: Any) -> tuple[Any, Any]:
+    """-> (the float dtype of states, what keys and values are kept in)."""
+    name = dtype if isinstance(dtype, str) else str(jnp.dtype(model.compute.dtype if dtype is None else dtype))
+    if name in QUANTIZED:
+        return jnp.dtype(model.compute.dtype), name
+    known = jnp.dtype(name) if name in FLOATS else None
+    if known is None:
+        raise ConfigError(f"a cache in {name!r}: there is none" + nearest(name, (*FLOATS, *QUANTIZED)))
+    return known, known
 
 
 def init_paged(model: Decoder, rows: int, pages: int, *, length: int, page: int = 16, dtype: Any = None) -> Cache:
-    """An empty paged cache: `pages` pages of `page` positions in one pool for up to `rows` rows of up to `length` positions each, in the computing dtype unless said otherwise.
+    """An empty paged cache: `pages` pages of `page` positions in one pool for up to `rows` rows of up to `length` positions each; dtype as in init_cache.
 
     Before a call the host hands in where the rows' pages are, `dc.replace(cache, table=…)`, [B, W] int32 with W up to ceil(length / page); an entry below 0 is no page. Position p of row b
     lies in page table[b, p // page] at offset p mod page; a call writes its tokens there (those of segment 0 nowhere) and sees the row's positions 0 … p, whoever wrote them. Positions
@@ -34,7 +50,7 @@ def init_paged(model: Decoder, rows: int, pages: int, *, length: int, page: int 
     forgotten where a row's position 0 comes again. The bookkeeping is `decode.Pages`.
     Raises ConfigError for encoder-decoders, and for layers that are not causal or know relative positions alone.
     """
-    return empty_pages(model.config, rows, pages, length, page, jnp.dtype(dtype or model.compute.dtype))
+    return empty_pages(model.config, rows, pages, length, page, *kept_in(model, dtype))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -18,6 +18,7 @@ from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, platfo
 from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
+from llmjax.kernels.attention.stored import decode, encode, turn
 from llmjax.models.cache import KeyValue, Plan, Pool, remember
 from llmjax.models.context import Context, Seen
 from llmjax.models.module import Module, along, compact, vector, weight
@@ -51,8 +52,10 @@ class MultiHeadAttention(Module):
             k, v = self.turned("k_norm", kv[0], context), kv[-1] if a.v_norm is None else Normalize(a.v_norm, self.compute, name="v_norm")(kv[-1])
             k, v = (constrain(y, "batch length kv_heads .", self.layout.rules) for y in (k, v))
             bias = self.position_bias(q, k, context)
+            k = turn(k) if context.turned else k
             seen, stored = look(k, v, context, stored, None if a.globals else a.window)
         with jax.named_scope("attend"):
+            q = turn(q) if context.turned else q
             y = attend(q, seen, context, a, scale=self.scale(), sinks=sinks, bias=bias, slopes=None if a.alibi is None else slopes(a.alibi, a.heads),
                        compute=self.compute, layout=self.layout)
         if a.gate:
@@ -117,7 +120,7 @@ class CrossAttention(MultiHeadAttention):
         if context.source is not None:
             stored = KeyValue(*self.projected(context.source, "k", "v", axis="source"))
         assert isinstance(stored, KeyValue)
-        k, v = stored.k.astype(q.dtype), stored.v.astype(q.dtype)
+        k, v = (decode(x, q.dtype).astype(q.dtype) for x in (stored.k, stored.v))
         mine = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None and context.source_segments is not None else context.segments
         with jax.named_scope("attend"):
             own = dc.replace(context, positions=None, prefix=None, segments=mine)
@@ -153,9 +156,10 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: Kept, window: int
     if context.empty and k.shape[1] > 1:
         return mine, stored
     if k.shape[1] == 1 or not window or old.k.shape[1] > window:
-        return Seen(stored.k, stored.v, place.after.positions, place.after.segments, False), stored
+        return Seen(decode(stored.k, k.dtype), decode(stored.v, v.dtype), place.after.positions, place.after.segments, False), stored
     segments = jnp.ones(k.shape[:2], jnp.int32) if context.segments is None else context.segments
-    pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
+    past = ((decode(x, y.dtype), decode(encode(x, y), y.dtype)) for x, y in ((old.k, k), (old.v, v)))          # what is kept in 8 bits is seen so, wherever it stands
+    pairs: tuple[Any, ...] = (*past, (place.before.positions, context.positions), (place.before.segments, segments))
     keys, values, positions, known = (jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
     return Seen(keys, values, positions, known, False), stored
 

@@ -48,6 +48,7 @@ class Context:
     ropes: tuple[tuple[Rope, int], ...] = dc.field(metadata=dict(static=True))
     empty: bool = dc.field(metadata=dict(static=True))       # the cache held nothing before this call
     relative: Distances | None = None
+    turned: bool = dc.field(default=False, metadata=dict(static=True))           # keys are kept turned: queries and keys of attention layers are, too
     paging: Paging | None = None                         # where a paged cache puts the tokens
     source: jax.Array | None = None
     source_segments: jax.Array | None = None
@@ -93,7 +94,7 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
     ropes = tuple(dict.fromkeys((rope, size) for rope, size in (rotation(x.mixer) for x in config.layers) if rope))
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     tables = tuple(rotary.tables(rope, head_dim, where) for rope, head_dim in ropes)
-    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix, paging=paging)
+    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix, paging=paging, turned=cache is not None and cache.turned)
 
 
 def check_prefix(config: ModelConfig) -> None:

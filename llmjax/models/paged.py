@@ -17,6 +17,7 @@ from jax.tree_util import register_dataclass
 
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import Attention, LatentAttention, ModelConfig
+from llmjax.kernels.attention.stored import Stored, encode
 from llmjax.models.cache import Cache, KeyValue, Pool, State, empty_entry
 
 
@@ -33,8 +34,8 @@ class Paging:
 @dc.dataclass(frozen=True)
 class InPages:
     """What queries may look at, in pages: a layer's pool. width: values are the first so many numbers of keys (None: they are `v`)."""
-    k: jax.Array
-    v: jax.Array
+    k: Stored
+    v: Stored
     width: int | None = dc.field(default=None, metadata=dict(static=True))
     in_order = False           # they are not this call's own tokens; no field
 
@@ -42,8 +43,9 @@ class InPages:
         return dc.replace(self, width=width)
 
 
-def init_paged(config: ModelConfig, rows: int, pages: int, length: int, page: int, dtype: Any) -> Cache:
-    """An empty paged cache of `pages` pages of `page` positions for `rows` rows of up to `length` positions; its table names no page yet. Raises ConfigError for a model whose cache is
+def init_paged(config: ModelConfig, rows: int, pages: int, length: int, page: int, dtype: Any, kind: Any = None) -> Cache:
+    """An empty paged cache of `pages` pages of `page` positions for `rows` rows of up to `length` positions; its table names no page yet. dtype and kind: see
+    cache.empty_entry. Raises ConfigError for a model whose cache is
     more than keys, values and states."""
     for name, value in (("rows", rows), ("pages", pages), ("length", length), ("page", page)):
         if not isinstance(value, int) or value < 1:
@@ -57,7 +59,7 @@ def init_paged(config: ModelConfig, rows: int, pages: int, length: int, page: in
     def one(mixer, lead):
         if not isinstance(mixer, Attention | LatentAttention):
             return empty_entry(mixer, (*lead, rows), length, dtype)
-        kept = empty_entry(dc.replace(mixer, window=None, **({"globals": None} if isinstance(mixer, Attention) else {})), (*lead, pages), page, dtype)
+        kept = empty_entry(dc.replace(mixer, window=None, **({"globals": None} if isinstance(mixer, Attention) else {})), (*lead, pages), page, dtype, kind)
         return Pool(kept.k, kept.v) if isinstance(kept, KeyValue) else kept
     layers = {part: tuple(one(layer.mixer, (config.repeats,) if part == "cycle" else ()) for layer in getattr(config, part)) for part in ("prefix", "cycle", "suffix")}
     return Cache(layers, {}, table=jnp.full((rows, -(-length // page)), -1, jnp.int32), page=page)
@@ -79,8 +81,8 @@ def write(pool: Pool, k: jax.Array, v: jax.Array, index: jax.Array) -> Pool:
     def put(old, new):
         size = old.shape[0] * old.shape[1]
         rows = old.reshape(size, *old.shape[2:])
-        return rows.at[jnp.where(flat < 0, size, flat)].set(new.reshape(flat.shape[0], *new.shape[2:]).astype(old.dtype), mode="drop").reshape(old.shape)
-    return Pool(put(pool.k, k), put(pool.v, v))
+        return rows.at[jnp.where(flat < 0, size, flat)].set(new.reshape(flat.shape[0], *new.shape[2:]), mode="drop").reshape(old.shape)
+    return Pool(*(jax.tree.map(put, old, encode(old, new)) for old, new in ((pool.k, k), (pool.v, v))))
 
 
 def restart(cache: Cache, positions: jax.Array, segments: jax.Array) -> Cache:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.contract import accumulate
+from llmjax.kernels.attention.stored import decode
 
 BLOCK = 256             # keys a row and turn: measured on a CPU, fewer make more turns, more do not fit the cache beside the scores
 SCORES = 1 << 21        # but no more scores of all heads and rows at once than these, where queries are many
@@ -38,8 +39,8 @@ class Rule:
 def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: float | None, scale: float, sinks=None, slopes=None, width: int | None = None, block: int = BLOCK) -> jax.Array:
     """The sum of `reference` over positions 0 … p of each row, causal. Not differentiable (decoding alone).
 
-    q [B, T, N, H]; k [P, page, K, H], v [P, page, K, Hv]; table [B, W] int32 (entries beyond a row's newest page may be anything); positions [B, T] int32, the newest key each query may
-    see; used [B, T] bool: others are padding and give zeros. width: values are the first `width` numbers of keys (v is not read). sinks, slopes [N]: see `reference`.
+    q [B, T, N, H]; k [P, page, K, H], v [P, page, K, Hv], arrays or quantised (stored.py); table [B, W] int32 (entries beyond a row's newest page may be anything); positions [B, T]
+    int32, the newest key each query may see; used [B, T] bool: others are padding and give zeros. width: values are the first `width` numbers of keys (v is not read). sinks, slopes [N]: see `reference`.
     -> [B, T, N, Hv] in `q.dtype`; scores and sums are float32, probabilities enter their product in `q.dtype`.
     """
     (B, T, N, H), (P, page, K), W = q.shape, k.shape[:3], table.shape[1]
@@ -54,8 +55,8 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
         top, norm, total = carry
         pages = jax.lax.dynamic_slice_in_dim(table, j * count, count, 1)                   # [B, count]
         at = j * count * page + jnp.arange(count * page, dtype=jnp.int32)                  # [S]
-        keys = k[pages].reshape(B, count * page, K, -1).astype(q.dtype)
-        values = keys[..., :width] if width is not None else v[pages].reshape(B, count * page, K, -1).astype(q.dtype)
+        keys, values = (decode(jax.tree.map(lambda x: x[pages], kept), q.dtype).reshape(B, count * page, K, -1).astype(q.dtype) for kept in (k, v))
+        values = values if width is None else keys[..., :width]
         values = jnp.where((at[None] <= newest[:, None])[:, :, None, None], values, 0)     # what an earlier tenant of a page left there may be NaN, and 0 · NaN is not 0
         scores = accumulate("bkgth,bskh->bkgts", grouped, keys) * scale
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
@@ -80,7 +81,8 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
 def dense(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: float | None, scale: float, sinks=None, slopes=None, width: int | None = None) -> jax.Array:
     """The slow twin of `paged`, same arguments: all pages of a row side by side, all scores in float32."""
     (B, T, N, H), (P, page, K), W = q.shape, k.shape[:3], table.shape[1]
-    keys, values = (x[jnp.clip(table, 0, P - 1)].reshape(B, W * page, K, -1).astype(jnp.float32) for x in (k, v if width is None else k[..., :width]))
+    keys, values = (decode(x, jnp.float32)[jnp.clip(table, 0, P - 1)].reshape(B, W * page, K, -1).astype(jnp.float32) for x in (k, v))
+    values = values if width is None else keys[..., :width]
     at = jnp.arange(W * page, dtype=jnp.int32)
     scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H).astype(jnp.float32), keys, precision="highest") * scale
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
