@@ -2,8 +2,8 @@
 
     python benchmarks/cache_quality.py --text=FILE [--rows=16] [--length=512] [--save]
 
-Rows of `length` tokens, each into a fresh cache in one call that sees nothing but what the cache keeps. Beside the cache's own forms stand two others for keys in 4 bits: not turned, and with
-a scale per channel of 32 tokens (KIVI, arXiv:2402.02750). Prints one JSON line. A token's perplexity is paired with the float cache's: `change` is exp(mean difference) - 1, `error` its standard error.
+Rows of `length` tokens, each into a fresh cache in one call that sees nothing but what the cache keeps. Beside the cache's own kinds stand keys alone and values alone in 4 bits, keys in three
+forms: a scale per token, the same turned by a Hadamard matrix, and a scale per channel of 32 tokens (KIVI, arXiv:2402.02750). Prints one JSON line. A token's perplexity is paired with the float cache's: `change` is exp(mean difference) - 1, `error` its standard error.
 """
 import dataclasses as dc
 import hashlib
@@ -25,10 +25,14 @@ from llmjax.models import attention
 TOKENS = 32            # KIVI's group of keys
 
 
+def by_token(x: jax.Array) -> jax.Array:
+    """x […, H] as 4 bits with a scale and a smallest value for each 32 numbers bring it back."""
+    return stored.decode(stored.encode(stored.empty(x.shape, "int4"), x), x.dtype)
+
+
 def by_channel(k: jax.Array) -> jax.Array:
-    """k [B, T, K, H] as 4 bits with a scale and a smallest value per channel of `TOKENS` tokens bring it back."""
-    turned = jnp.swapaxes(k.reshape(k.shape[0], -1, TOKENS, *k.shape[2:]), 2, -1)
-    return jnp.swapaxes(stored.decode(stored.encode(stored.empty(turned.shape, "int4"), turned), k.dtype), 2, -1).reshape(k.shape)
+    """k [B, T, K, H] the same, with a scale and a smallest value per channel of `TOKENS` tokens."""
+    return jnp.swapaxes(by_token(jnp.swapaxes(k.reshape(k.shape[0], -1, TOKENS, *k.shape[2:]), 2, -1)), 2, -1).reshape(k.shape)
 
 
 def losses(model: llmjax.models.Decoder, params: dict, rows: np.ndarray, kind: str) -> np.ndarray:
@@ -68,10 +72,10 @@ def main() -> int:
     count = 1 if args.smoke else args.rows
     length = 64 if args.smoke else args.length
     rows = ids[:count * length].reshape(count, length)
-    look, identity = attention.look, lambda x: x
-    kivi = lambda k, v, *rest: look(by_channel(k), v, *rest)
-    ways = {"float32": ("float32", {}), "bfloat16": ("bfloat16", {}), "int8": ("int8", {}), "int4": ("int4", {}),
-            "int4, keys not turned": ("int4", dict(turn=identity)), "4-bit keys per channel alone": ("float32", dict(look=kivi))}
+    look = attention.look
+    alone = {"keys alone, per token": lambda k, v, *rest: look(by_token(k), v, *rest), "keys alone, per token, turned": lambda k, v, *rest: look(stored.turn(by_token(stored.turn(k))), v, *rest),
+             "keys alone, per channel": lambda k, v, *rest: look(by_channel(k), v, *rest), "values alone, per token": lambda k, v, *rest: look(k, by_token(v), *rest)}
+    ways = {kind: (kind, {}) for kind in ("float32", "bfloat16", "int8", "int4")} | {f"4 bits, {name}": ("float32", dict(look=function)) for name, function in alone.items()}
     found: dict[str, dict] = {}
     exact = None
     for name, (kind, names) in ways.items():

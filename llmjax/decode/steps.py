@@ -16,9 +16,10 @@ from llmjax.core import ConfigError
 from llmjax.core.errors import nearest
 from llmjax.decode.sampling import Sampling, sample
 from llmjax.kernels.attention.stored import QUANTIZED
-from llmjax.models import Cache, Decoder, State, grow_cache, jit_by_model
+from llmjax.models import Cache, Decoder, HeavyHitters, State, Streaming, grow_cache, jit_by_model
 from llmjax.models import copy_pages as with_copies
 from llmjax.models import init_cache as empty_cache
+from llmjax.models import init_evicting as with_policy
 from llmjax.models import init_paged as empty_pages
 
 FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -51,6 +52,16 @@ def init_paged(model: Decoder, rows: int, pages: int, *, length: int, page: int 
     Raises ConfigError for encoder-decoders, and for layers that are not causal or know relative positions alone.
     """
     return empty_pages(model.config, rows, pages, length, page, *kept_in(model, dtype))
+
+
+def init_evicting(model: Decoder, batch_size: int, policy: Streaming | HeavyHitters, dtype: Any = None) -> Cache:
+    """An empty cache that holds `policy.size` tokens a row of a text of any length, and gives up others as the policy's paper says (models/evicting.py): `Streaming(sinks, window)` or
+    `HeavyHitters(heavy, recent)`. dtype: a float dtype (the computing dtype unless given). Positions are those of the text and always given; T tokens take O(T (T + size)) memory, so long
+    prompts are fed in pieces. Raises ConfigError for numbers out of range, quantised dtypes, and models whose attention has no such rule."""
+    floats, kind = kept_in(model, dtype)
+    if kind in QUANTIZED:
+        raise ConfigError(f"an evicting cache in {kind!r}: it keeps floats; leave dtype out")
+    return with_policy(model.config, batch_size, policy, floats)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -141,13 +152,15 @@ def rewind(cache: Cache, lengths: jax.Array) -> Cache:
 
 def can_rewind(cache: Cache) -> bool:
     """Whether every layer keeps all positions: none has a ring, and none a state, which no token can be taken out of."""
-    return len(cache.slots) <= 1 and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
+    return len(cache.slots) <= 1 and cache.policy is None and not any(isinstance(kept, State) for part in cache.layers.values() for kept in part)
 
 
 @jit_by_model(static_argnums=1)
 def grow(model: Decoder, cache: Cache, length: int) -> Cache:
     """The same cache with room for `length` positions. Raises ConfigError for a paged one, whose rows get more pages instead."""
     check_contiguous(cache, "grow", "give its rows more pages")
+    if cache.policy is not None:
+        raise ConfigError("grow: an evicting cache has room for any text; make another with init_evicting for a larger one")
     return grow_cache(model.config, cache, length)
 
 
@@ -158,7 +171,7 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
     def on(axis):
         return lambda x: jnp.repeat(x, times, axis)
     layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
-    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), source=jax.tree.map(on(0), cache.source))
+    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), kept=jax.tree.map(on(0), cache.kept), source=jax.tree.map(on(0), cache.source))
 
 
 def check_contiguous(cache: Cache, what: str, instead: str) -> None:

@@ -19,14 +19,16 @@ from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Nor
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
 from llmjax.kernels.attention.stored import decode, encode, turn
-from llmjax.models.cache import KeyValue, Plan, Pool, remember
+from llmjax.models import rope as rotary
+from llmjax.models.cache import Heavy, KeyValue, Plan, Pool, Sinks, remember
 from llmjax.models.context import Context, Seen
+from llmjax.models.evicting import hit, stream
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.paged import InPages, write
 from llmjax.models.relative import disentangled
 
-Kept = KeyValue | Pool | None
+Kept = KeyValue | Pool | Sinks | Heavy | None
 
 
 class MultiHeadAttention(Module):
@@ -41,15 +43,16 @@ class MultiHeadAttention(Module):
         a = self.spec
         names = ("q",) if a.borrows else ("q", "k") if a.shared_kv else ("q", "k", "v")
         q, *kv = (y if a.clip is None else jnp.clip(y, -a.clip, a.clip) for y in self.projected(x, *names))
-        q = self.turned("q_norm", q, context)
-        if a.temperature:
-            q = q * sharpening(a.temperature, context.places(q.shape[1])).astype(q.dtype)
-        q = constrain(q, "batch length heads .", self.layout.rules)
         sinks = vector(self, "sinks", "heads", (a.heads,)) if a.sinks else None
+        if isinstance(stored, Sinks | Heavy):
+            y, stored = self.over_kept(q, kv, context, stored, sinks)
+            return self.output(self.gated(y, x), x.shape[-1]), stored
+        q = self.sharpened(self.turned("q_norm", q, context), context.places(q.shape[1]))
+        q = constrain(q, "batch length heads .", self.layout.rules)
         if a.borrows:
             seen, bias = context.lent[a.borrows], None
         else:
-            k, v = self.turned("k_norm", kv[0], context), kv[-1] if a.v_norm is None else Normalize(a.v_norm, self.compute, name="v_norm")(kv[-1])
+            k, v = self.turned("k_norm", kv[0], context), self.values(kv[-1])
             k, v = (constrain(y, "batch length kv_heads .", self.layout.rules) for y in (k, v))
             bias = self.position_bias(q, k, context)
             k = turn(k) if context.turned else k
@@ -58,10 +61,34 @@ class MultiHeadAttention(Module):
             q = turn(q) if context.turned else q
             y = attend(q, seen, context, a, scale=self.scale(), sinks=sinks, bias=bias, slopes=None if a.alibi is None else slopes(a.alibi, a.heads),
                        compute=self.compute, layout=self.layout)
-        if a.gate:
-            y = y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype)
-        y = self.output(y, x.shape[-1])
+        y = self.output(self.gated(y, x), x.shape[-1])
         return (y, stored, seen) if a.lends else (y, stored)
+
+    def over_kept(self, q: jax.Array, kv: list[jax.Array], context: Context, stored: Sinks | Heavy, sinks: jax.Array | None) -> tuple[jax.Array, Sinks | Heavy]:
+        """Attention over a cache that gives keys up. q [B, T, N, H], kv: keys and values [B, T, K, H] as they were projected."""
+        a, where, v = self.spec, context.eviction, self.values(kv[-1])
+        assert where is not None
+        settings: dict[str, Any] = dict(softcap=a.softcap, scale=self.scale(), sinks=sinks, slopes=None if a.alibi is None else slopes(a.alibi, a.heads))
+        with jax.named_scope("attend"):
+            if isinstance(stored, Heavy):
+                q, k = self.turned("q_norm", q, context), self.turned("k_norm", kv[0], context)
+                return hit(self.sharpened(q, context.places(q.shape[1])), k, v, stored, where, **settings)
+            q, k = (self.normalized(name, x) if a.qk_norm else x for name, x in (("q_norm", q), ("k_norm", kv[0])))
+
+            def rotate(x, places):
+                return x if a.rope is None else rotary.rotate(x, rotary.tables(a.rope, a.head_dim, places), a.rope)
+            return stream(self.sharpened(q, where.capped), k, v, stored, where, rotate, **settings)
+
+    def sharpened(self, q: jax.Array, places: jax.Array) -> jax.Array:
+        """Queries at places [B, T] times the layer's temperature, where it has one."""
+        return q * sharpening(self.spec.temperature, places).astype(q.dtype) if self.spec.temperature else q
+
+    def values(self, v: jax.Array) -> jax.Array:
+        return v if self.spec.v_norm is None else Normalize(self.spec.v_norm, self.compute, name="v_norm")(v)
+
+    def gated(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """What heads answer, [B, T, N, H], times the gate that x [B, T, D] opens, where the layer has one."""
+        return y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype) if self.spec.gate else y
 
     def turned(self, name: str, x: jax.Array, context: Context) -> jax.Array:
         """Queries or keys, rotated, and normed before or after that where the layer norms them."""

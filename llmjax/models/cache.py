@@ -46,6 +46,24 @@ class Pool:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
+class Sinks:
+    """Keys, not rotated, and values of a streaming cache (models/evicting.py): k [B, S, K, H], v [B, S, K, Hv], the first slots the text's first tokens, the others a ring."""
+    k: jax.Array
+    v: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Heavy:
+    """Keys and values of a heavy-hitter cache: k [B, S, K, H], v [B, S, K, Hv]; positions [B, S, K] int32 (-1: nothing) and mass [B, S, K] float32, the attention each has received so far."""
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    mass: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
 class State:
     """What a recurrent layer made of all tokens so far: state [B, heads, key dim, value dim] float32, segment [B] int32 (what it belongs to; 0: nothing yet); `recent`: of a layer with
     a convolution the inputs [B, W - 1, …] it still sees and their segments [B, W - 1]. With a leading [repeats] axis in a scanned cycle."""
@@ -54,7 +72,7 @@ class State:
     recent: tuple[jax.Array, jax.Array] | None = None
 
 
-Own = KeyValue | Pool | State | None      # None: of a layer that borrows what another keeps
+Own = KeyValue | Pool | Sinks | Heavy | State | None      # None: of a layer that borrows what another keeps
 
 
 @register_dataclass
@@ -74,17 +92,22 @@ class Cache:
     """layers: {"prefix": (KeyValue, State or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
     alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call.
 
-    A paged cache (models/paged.py) has no slots but a table [B, W] int32 and `page` (static), how many positions stand in a page."""
+    A paged cache (models/paged.py) has no slots but a table [B, W] int32 and `page` (static), how many positions stand in a page. An evicting one (models/evicting.py) has a `policy`
+    (static), slots for its rings alone, and a streaming one in `kept` those of all its other layers."""
     layers: dict[str, tuple[Entry, ...]]
     slots: dict[int, Slots]
     empty: bool = dc.field(default=False, metadata=dict(static=True))
     source: jax.Array | None = None
     table: jax.Array | None = None
     page: int | None = dc.field(default=None, metadata=dict(static=True))
+    kept: Slots | None = None
+    policy: Any = dc.field(default=None, metadata=dict(static=True))
 
     @property
     def length(self) -> int:
-        """How many positions fit."""
+        """How many positions fit (of an evicting cache: are held)."""
+        if self.policy is not None:
+            return self.policy.size
         return max(self.slots) if self.page is None or self.table is None else self.page * self.table.shape[1]
 
     @property

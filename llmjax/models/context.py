@@ -15,6 +15,7 @@ from llmjax.core.model_config import ModelConfig, Recurrent, rotation
 from llmjax.core.positions import Rope
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
+from llmjax.models.evicting import Eviction, evict
 from llmjax.models.paged import InPages, Paging, page_tokens
 from llmjax.models.relative import Distances
 
@@ -48,6 +49,7 @@ class Context:
     ropes: tuple[tuple[Rope, int], ...] = dc.field(metadata=dict(static=True))
     empty: bool = dc.field(metadata=dict(static=True))       # the cache held nothing before this call
     relative: Distances | None = None
+    eviction: Eviction | None = None                     # and an evicting one
     turned: bool = dc.field(default=False, metadata=dict(static=True))           # keys are kept turned: queries and keys of attention layers are, too
     paging: Paging | None = None                         # where a paged cache puts the tokens
     source: jax.Array | None = None
@@ -82,19 +84,20 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
     if prefix is not None:
         check_prefix(config)
         prefix = jnp.broadcast_to(prefix[:, None] if prefix.ndim == 1 else prefix, tokens.shape).astype(jnp.int32)
-    plans, paging = {}, None
+    plans, paging, eviction = {}, None, None
     if cache is not None:
         shape = tokens.shape
-        if cache.page is not None and positions is None:
-            raise ConfigError("a paged cache does not know where a row's text goes on: give positions")
+        if positions is None and (cache.page is not None or cache.policy is not None):
+            raise ConfigError(f"{'a paged' if cache.page else 'an evicting'} cache does not know where a row's text goes on: give positions")
         positions = jnp.broadcast_to(next_positions(cache, shape) if positions is None else positions, shape).astype(jnp.int32)
         known = jnp.ones(shape, jnp.int32) if segments is None else jnp.broadcast_to(segments, shape).astype(jnp.int32)
         plans = {size: plan(slots, positions, known) for size, slots in cache.slots.items()}
         paging = None if cache.page is None else page_tokens(cache, positions, known)
+        eviction = None if cache.policy is None else evict(cache, positions, known)
     ropes = tuple(dict.fromkeys((rope, size) for rope, size in (rotation(x.mixer) for x in config.layers) if rope))
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     tables = tuple(rotary.tables(rope, head_dim, where) for rope, head_dim in ropes)
-    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix, paging=paging, turned=cache is not None and cache.turned)
+    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix, paging=paging, eviction=eviction, turned=cache is not None and cache.turned)
 
 
 def check_prefix(config: ModelConfig) -> None:

@@ -166,7 +166,8 @@ class Stack(Model):
         if cache is None:
             return x, None
         layers = {part: tuple(kept) for part, kept in new.items()}
-        return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False)
+        return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False,
+                             kept=context.eviction and context.eviction.after)
 
     def unrolls(self) -> bool:
         return not self.is_initializing() and (platform() == "cpu" if self.compute.unroll is None else self.compute.unroll)

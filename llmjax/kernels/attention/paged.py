@@ -40,7 +40,8 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     """The sum of `reference` over positions 0 … p of each row, causal. Not differentiable (decoding alone).
 
     q [B, T, N, H]; k [P, page, K, H], v [P, page, K, Hv], arrays or quantised (stored.py); table [B, W] int32 (entries beyond a row's newest page may be anything); positions [B, T]
-    int32, the newest key each query may see; used [B, T] bool: others are padding and give zeros. width: values are the first `width` numbers of keys (v is not read). sinks, slopes [N]: see `reference`.
+    int32, the newest key each query may see; used [B, T] bool: others are padding and give zeros. width: values are the first `width` numbers of keys (v is not read). sinks, slopes [N]:
+    see `reference`.
     -> [B, T, N, Hv] in `q.dtype`; scores and sums are float32, probabilities enter their product in `q.dtype`.
     """
     (B, T, N, H), (P, page, K), W = q.shape, k.shape[:3], table.shape[1]
