@@ -3,7 +3,8 @@
     python benchmarks/cache_quality.py --text=FILE [--rows=16] [--length=512] [--save]
 
 Rows of `length` tokens, each into a fresh cache in one call that sees nothing but what the cache keeps. Beside the cache's own kinds stand keys alone and values alone in 4 bits, keys in three
-forms: a scale per token, the same turned by a Hadamard matrix, and a scale per channel of 32 tokens (KIVI, arXiv:2402.02750). Prints one JSON line. A token's perplexity is paired with the float cache's: `change` is exp(mean difference) - 1, `error` its standard error.
+forms: a scale per token, the same turned by a Hadamard matrix, and a scale per channel of 32 tokens (KIVI, arXiv:2402.02750). Prints one JSON line. A token's perplexity is paired
+with the float cache's: `change` is exp(mean difference) - 1, `error` its standard error.
 """
 import dataclasses as dc
 import hashlib

@@ -128,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
     p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
     p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
+    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, streaming=4+1020, heavy=512+512, or two of these (paged,int8)")
     p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, 2xv5e-256 (two slices), h100:4x8 (as many devices as the layout names, of no kind in particular)")
     p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
     p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")
@@ -285,7 +286,7 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     given = [name for name in ("model", "config", "fit") if getattr(args, name)]
     if len(given) != 1:
         raise ValueError("plan needs one of --model=NAME, --config=FILE.py and --fit=DIR")
-    belongs = {"context": "model", "topology": "config", "price": "topology", "mfu": "topology", "search": "topology", "compile": "topology", "dump": "compile"}
+    belongs = {"context": "model", "cache": "model", "topology": "config", "price": "topology", "mfu": "topology", "search": "topology", "compile": "topology", "dump": "compile"}
     for option, owner in belongs.items():
         if getattr(args, option) not in (None, False) and getattr(args, owner) in (None, False):
             raise ValueError(f"--{option} says something about --{owner}, which is not given")
@@ -295,7 +296,7 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")          # a plan asks for no device: it neither waits for an accelerator nor takes one from who is using it
     from llmjax import run
     if args.model:
-        found = run.plan_model(args.model, args.context)
+        found = run.plan_model(args.model, args.context, args.cache)
     elif args.fit:
         found = run.plan_fit(args.fit)
     else:

@@ -350,12 +350,12 @@ def show_model(name: str) -> str:
 
 # plan
 
-def plan_model(name: str, context: int | None = None) -> plan.Report:
+def plan_model(name: str, context: int | None = None, cache: str | None = None) -> plan.Report:
     """Figures of a published size, or of a checkpoint without its weights."""
     known = name in checkpoint.presets.PUBLISHED
     if not known and "/" not in name and not pathlib.Path(name).exists() and name not in checkpoint.fetch.KNOWN and not name.startswith("hf:"):
         checkpoint.presets.published(name)             # raises, naming the nearest
-    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context)
+    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context, cache)
 
 
 def plan_run(config: RunConfig, topology: str | None = None, *, price: float | None = None, mfu: float | None = None, search: bool = False, compile: bool = False,
