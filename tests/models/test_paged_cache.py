@@ -147,3 +147,35 @@ def test_steps_go_over_pages():
 def test_what_has_no_pages_is_named(config, more, words):
     with pytest.raises(ConfigError, match=words):
         decode.init_paged(Decoder(config, Compute("float32")), 2, 4, **{"length": 16, **more})
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
+def test_heads_on_a_mesh():
+    """Tensor parallelism: pools divided over key/value heads stay so, and no device asks for another's pages."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from llmjax.core import make_mesh
+    from llmjax.core.mesh import shardings
+    from llmjax.models import labels
+    model, params, _, _ = make(ModelConfig(V + 3, D, prefix=(WINDOW,), context=64))
+    tokens = np.random.default_rng(0).integers(1, V, (ROWS, LENGTH)).astype(np.int32)
+    fresh = shuffled(decode.init_paged(model, ROWS, 30, length=LENGTH, page=PAGE))
+    given = list(calls(tokens))[:3]
+    want, _ = run(model, params, fresh, given)
+    mesh = make_mesh(data=4, tensor=2)
+    placed = jax.device_put(params, shardings(labels(model), params, mesh))
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None))
+    cache = dc.replace(fresh, layers=jax.device_put(fresh.layers, heads))
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda p, t, at, s, c: model.apply({"params": p}, t, at, s, c), donate_argnums=4)
+        text = step.lower(placed, *given[0], cache).compile().as_text()
+        out = [[] for _ in range(ROWS)]
+        for t, at, s in given:
+            logits, cache = step(placed, t, at, s, cache)
+            for row in range(ROWS):
+                out[row].append(np.asarray(logits)[row][s[row] > 0])
+    for a, b in zip(out, want):
+        close(np.concatenate(a), b, 1e-5)
+    assert cache.layers["prefix"][0].k.sharding.is_equivalent_to(heads, 4)
+    moved = [line for line in text.splitlines() if ("all-gather" in line or "all-to-all" in line) and "f32[30,4" in line]
+    assert not moved, moved[0][:200]
