@@ -76,7 +76,7 @@ def main() -> int:
     look = attention.look
     alone = {"keys alone, per token": lambda k, v, *rest: look(by_token(k), v, *rest), "keys alone, per token, turned": lambda k, v, *rest: look(stored.turn(by_token(stored.turn(k))), v, *rest),
              "keys alone, per channel": lambda k, v, *rest: look(by_channel(k), v, *rest), "values alone, per token": lambda k, v, *rest: look(k, by_token(v), *rest)}
-    ways = {kind: (kind, {}) for kind in ("float32", "bfloat16", "int8", "int4")} | {f"4 bits, {name}": ("float32", dict(look=function)) for name, function in alone.items()}
+    ways = {kind: (kind, {}) for kind in ("float32", "bfloat16", "int8", "int8/int4", "int4")} | {f"4 bits, {name}": ("float32", dict(look=function)) for name, function in alone.items()}
     found: dict[str, dict] = {}
     exact = None
     for name, (kind, names) in ways.items():

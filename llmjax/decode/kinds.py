@@ -17,8 +17,9 @@ PAGE = 16
 
 
 def make_cache(model: Decoder, rows: int, length: int, kind: str = "contiguous") -> Cache:
-    """An empty cache of `kind`: a layout and a dtype, either or both, joined by a comma: "int8", "paged", "paged=32,int4" (positions in a page), "streaming=4+1020,float32" (sinks and
-    window), "heavy=512+512" (heavy hitters and recent tokens). A paged one has pages for `rows` full rows. Raises ConfigError for a kind that there is not."""
+    """An empty cache of `kind`: a layout and a dtype, either or both, joined by a comma: "int8", "int8/int4" (keys/values), "paged", "paged=32,int4" (positions in a page),
+    "streaming=4+1020,float32" (sinks and window), "heavy=512+512" (heavy hitters and recent tokens). A paged one has pages for `rows` full rows. Raises ConfigError for a kind that there
+    is not."""
     layout, numbers, dtype = "contiguous", "", None
     for word in kind.split(","):
         name, _, value = word.strip().partition("=")

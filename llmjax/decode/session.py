@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
+import functools
 import hashlib
 import json
 import pathlib
@@ -65,7 +66,7 @@ class Session:
                     empty=self.cache.empty, dtype=None if self.dtype is None else str(self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype)))
         arrays = {ABOUT: np.frombuffer(json.dumps(told).encode(), np.uint8)} | {f"cache/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(self.cache))}
         part = path.with_name(path.name + ".part")
-        safetensors_file.write_file(part, [Export(name, x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()])
+        safetensors_file.write_file(part, [Export(name, x.shape, x.dtype, functools.partial(np.asarray, x)) for name, x in arrays.items()])
         part.replace(path)
 
     @classmethod
@@ -85,7 +86,7 @@ class Session:
         arrays = [source.read(f"cache/{i}") for i in range(len(leaves))]
         if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(arrays, leaves)):
             raise CheckpointError(f"{path}: its cache is of another form; begin a Session and set its messages to go on")
-        session.cache, session.messages, session.ids, session.fed = tree.unflatten(map(jnp.asarray, arrays)), told["messages"], told["ids"], told["fed"]
+        session.cache, session.messages, session.ids, session.fed = jax.tree.unflatten(tree, map(jnp.asarray, arrays)), told["messages"], told["ids"], told["fed"]
         return session
 
     def check_idle(self, what: str) -> None:

@@ -26,8 +26,8 @@ FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 def init_cache(model: Decoder, batch_size: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch_size` rows. dtype: what keys and values are kept in, a float dtype (the computing dtype unless given), "int8" or "int4"
-    (kernels/attention/stored.py; benchmarks/cache_quality.py measures what it costs). Raises ConfigError for another."""
+    """An empty cache of `length` positions for `batch_size` rows. dtype: what keys and values are kept in, a float dtype (the computing dtype unless given), "int8", "int4" or
+    "int8/int4" (keys/values; kernels/attention/stored.py; benchmarks/cache_quality.py measures what it costs). Raises ConfigError for another."""
     return empty_cache(model.config, batch_size, length, *kept_in(model, dtype))
 
 

@@ -178,6 +178,7 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: Kept, window: int
         assert context.paging is not None
         stored = write(stored, k, v, context.paging.index)
         return InPages(stored.k, stored.v), stored
+    assert isinstance(stored, KeyValue)
     place: Plan = context.plans[stored.k.shape[1]]
     old, stored = stored, remember(stored, k, v, place)
     if context.empty and k.shape[1] > 1:

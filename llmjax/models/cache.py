@@ -140,7 +140,7 @@ def sizes_of(config: ModelConfig, length: int, old: int | None = None) -> dict[i
 
 def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any, kind: Any = None) -> Own:
     """What a layer remembers before its first token; `lead` are the axes before its own: rows, and repeats before them in a cycle. kind: what keys and values are kept in, a dtype (None:
-    `dtype`), "int8" or "int4". Raises ConfigError where a head's numbers do not go in that."""
+    `dtype`) or one of stored.QUANTIZED. Raises ConfigError where a head's numbers do not go in that."""
     segment = jnp.zeros(lead, jnp.int32)
     if isinstance(mixer, GatedDelta):
         shape = (*lead, mixer.width - 1)
@@ -152,7 +152,8 @@ def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any, ki
         return State(jnp.zeros((*lead, mixer.kv_heads, mixer.head_dim, mixer.head_dim + 1), jnp.float32), segment)
     widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
     try:
-        return KeyValue(*(storage.empty((*lead, slots_of(mixer, length), mixer.kv_heads, width), kind or dtype) for width in widths))
+        kinds = storage.QUANTIZED.get(kind, (kind or dtype,) * 2)
+        return KeyValue(*(storage.empty((*lead, slots_of(mixer, length), mixer.kv_heads, width), k) for width, k in zip(widths, kinds)))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -168,15 +168,15 @@ def hit(q: jax.Array, k: jax.Array, v: jax.Array, stored: Heavy, where: Eviction
         asked = where.positions[:, None, :, None]
         return Part(q, keys, values, (positions >= 0) & (positions <= asked) & where.used[:, None, :, None], asked - positions)
     out, probs = weighed([part(stored.k, stored.v, held), part(k, v, mine)], **settings)
-    mass, own = (before + p.sum((2, 3)).swapaxes(1, 2) for before, p in zip((mass, 0.0), probs))
+    received = [p.sum((2, 3)).swapaxes(1, 2) for p in probs]                                          # [B, S, K], [B, T, K]
 
     def worth(positions, mass):
         """What is kept first: the newest, then the heaviest; empty slots last."""
         return jnp.where(positions < 0, -jnp.inf, jnp.where(positions > where.newest[:, None, None] - policy.recent, jnp.inf, mass))
-    new = Heavy(k.astype(stored.k.dtype), v.astype(stored.v.dtype), mine, own)
-    before = Heavy(stored.k, stored.v, held, mass)
+    new = Heavy(k.astype(stored.k.dtype), v.astype(stored.v.dtype), mine, received[1])
+    before = Heavy(stored.k, stored.v, held, mass + received[0])
     if T == 1:                                                                                        # one slot a head changes hands
-        slot = jnp.where(where.used, jnp.argmin(worth(held, mass), 1), S)[:, None]                    # [B, 1, K]
+        slot = jnp.where(where.used, jnp.argmin(worth(held, before.mass), 1), S)[:, None]                    # [B, 1, K]
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, None]
         return out, jax.tree.map(lambda old, x: old.at[rows, slot, heads].set(x, mode="drop"), before, new)
     both = jax.tree.map(lambda old, x: jnp.concatenate([old, x], 1), before, new)

@@ -167,7 +167,7 @@ class Stack(Model):
             return x, None
         layers = {part: tuple(kept) for part, kept in new.items()}
         return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False,
-                             kept=context.eviction and context.eviction.after)
+                             kept=None if context.eviction is None else context.eviction.after)
 
     def unrolls(self) -> bool:
         return not self.is_initializing() and (platform() == "cpu" if self.compute.unroll is None else self.compute.unroll)

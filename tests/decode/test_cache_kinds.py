@@ -16,7 +16,7 @@ LATENTS = Decoder(ModelConfig(61, 32, cycle=(LATENT,), repeats=2, context=64), C
 
 
 @pytest.mark.parametrize("model", [MODEL, LATENTS], ids=["attention, ring, state", "latents"])
-@pytest.mark.parametrize("kind", ["contiguous", "float32", "int8", "int4", "paged", "paged=8,int8", "int4,paged", "streaming=3+9", "heavy=8+8,float32"])
+@pytest.mark.parametrize("kind", ["contiguous", "float32", "int8", "int4", "int8/int4", "paged", "paged=8,int8", "int4,paged", "streaming=3+9", "heavy=8+8,float32"])
 def test_bytes_are_those_allocated(model, kind):
     if model is LATENTS and kind[0] in "sh":
         pytest.skip("latent attention has no such rule")
@@ -30,6 +30,7 @@ def test_bytes_by_hand():
     size = lambda kind: decode.cache_bytes(decode.make_cache, model, 1, 50, kind)
     numbers, slots = 2 * 50 * 2 * 8, 50 * 8
     assert size("bfloat16") == 2 * numbers + slots and size("int8") == numbers + 2 * numbers // 8 + slots
+    assert 2 * size("int8/int4") == size("int8") + size("int4")
     assert size("int4") == numbers // 2 + 2 * 2 * numbers // 8 + slots                                       # a scale and a smallest value for 8 numbers
     assert size("paged=16") == 4 * 16 * 2 * 2 * 8 * 2 + 4 * 4                                                # four pages and their table
     assert size("streaming=2+8") == 2 * 10 * 2 * 8 * 2 + 10 * 8 and size("heavy=2+8") == 10 * 2 * (2 * 8 * 2 + 8)

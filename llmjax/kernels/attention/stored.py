@@ -5,7 +5,8 @@ tokens about (slots, rings, pages) does it to each array alike and knows no more
 - `Int4`: a scale and a smallest value for each `GROUP` numbers of a token and head. What the literature found is that values bear it and keys do not: some channels of keys are outliers
   in all tokens (KIVI, Liu et al. 2024, arXiv:2402.02750, section 3.2; KVQuant, Hooper et al. 2024, arXiv:2401.18079, section 3.1). Both papers answer with scales per channel of keys, which
   want many tokens at once and a tail of unquantised ones; here queries and keys are turned by a Hadamard matrix instead, which spreads an outlier over all channels and changes no
-  product (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4): every token is written on its own, wherever it lies. benchmarks/cache_quality.py has the figures of each way.
+  product (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4): every token is written on its own, wherever it lies. benchmarks/cache_quality.py has the figures of each way: on
+  SmolLM2-135M turning takes back a third of what 4-bit keys lose, scales per channel would take back four fifths. Where that matters, "int8/int4" keeps keys in 8 bits, values in 4.
 
 Legend: … any leading axes (rows or pages, tokens, heads), H numbers of a head, U groups of them.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 GROUP = 32             # numbers that share a scale at 4 bits: 1 bit more a number; KIVI's and llama.cpp's (Q4_1) size
-QUANTIZED = ("int8", "int4")
+QUANTIZED = {"int8": ("int8", "int8"), "int4": ("int4", "int4"), "int8/int4": ("int8", "int4")}         # kinds: what keys and what values are kept in
 
 
 @register_dataclass
@@ -62,7 +63,7 @@ def empty(shape: tuple[int, ...], kind: Any) -> Stored:
             raise ValueError(f"a cache in 4 bits keeps two numbers a byte: a head of {shape[-1]} has an odd number; use int8")
         scales = jnp.zeros((*shape[:-1], shape[-1] // math.gcd(shape[-1], GROUP)), jnp.bfloat16)
         return Int4(jnp.zeros((*shape[:-1], shape[-1] // 2), jnp.uint8), scales, scales)
-    return jnp.zeros(shape, jnp.bfloat16 if kind in QUANTIZED else kind)
+    return jnp.zeros(shape, jnp.bfloat16 if kind in ("int8", "int4") else kind)
 
 
 def encode(like: Stored, x: jax.Array) -> Stored:

@@ -39,5 +39,7 @@ def weighed(parts: Sequence[Part], *, softcap: float | None, scale: float, sinks
     ends = [sum(part.k.shape[1] for part in parts[:i + 1]) for i in range(len(parts) - 1)]
     probs = jnp.split(weights / denominator, ends, -1)
     dtype = parts[0].q.dtype
-    out = sum(accumulate("bkgts,bskh->bkgth", p.astype(dtype), part.v.astype(dtype)) for p, part in zip(probs, parts))
+    out = jnp.zeros((), jnp.float32)
+    for p, part in zip(probs, parts):
+        out = out + accumulate("bkgts,bskh->bkgth", p.astype(dtype), part.v.astype(dtype))
     return out.astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1), probs
