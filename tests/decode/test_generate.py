@@ -8,7 +8,8 @@ import pytest
 
 from llmjax import decode, tokenizers
 from llmjax.core import Attention, Compute, ConfigError, Layer, Mlp, ModelConfig, Rope
-from llmjax.decode.generate import bucket, find_stop
+from llmjax.decode.prompts import bucket
+from llmjax.decode.stops import find_stop
 from llmjax.models import Decoder, init_params
 
 V = 70
