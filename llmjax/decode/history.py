@@ -72,4 +72,4 @@ def remember(history: History, tokens: jax.Array, active: jax.Array, mu: jax.Arr
                    None if counts is None else counts.at[rows, jnp.where(active, tokens, counts.shape[1])].add(1, mode="drop"),
                    None if recent is None else jnp.where(active[:, None], jnp.concatenate([tokens[:, None], recent[:, :-1]], 1), recent),
                    None if made is None else made + active,
-                   None if history.mu is None else jnp.where(active, mu, history.mu))
+                   None if history.mu is None else jnp.where(active, mu, history.mu))              # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class Score:
     alternatives: list[list[tuple[int, float]] | None] | None
 
 
-@jit_by_model(static_argnums=4)
+@jit_by_model(static_argnums=3)
 def scored(model: Decoder, params: Any, tokens: jax.Array, segments: jax.Array, alternatives: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """tokens, segments [B, T] int32, T a multiple of CHUNK -> (log-probabilities [B, T] of each token's successor, the most probable successors: ids and log-probabilities [B, T, n])."""
     x, _ = model.apply({"params": params}, tokens, segment_ids=segments, method="features")

@@ -86,8 +86,8 @@ def test_thresholds_found_near_and_deep_are_the_same(sharpness):
         assert (np.abs(got - want) <= (p.cumsum(-1) - mass <= 1e-6).sum(-1) - want + 1).all()          # where a running sum stands at the mass but for rounding, either neighbour is right
 
 
-KNOBS = dict(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, typical_p=0.9, top_n_sigma=2.0, mirostat_tau=4.0, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3, dry_multiplier=1.0,
-             logit_bias={3: 1.0, 5: -2.0}, allowed_token_ids=list(range(0, V, 2)), bad_words=[[4], [6, 8]], min_tokens=3, end_tokens=[0])
+KNOBS = dict(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, typical_p=0.9, top_n_sigma=2.0, mirostat_tau=4.0, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3,
+             dry_multiplier=1.0, logit_bias={3: 1.0, 5: -2.0}, allowed_token_ids=list(range(0, V, 2)), bad_words=[[4], [6, 8]], min_tokens=3, end_tokens=[0])
 
 
 GROUPS = {"filters": ["top_k", "top_p", "min_p", "typical_p", "top_n_sigma"], "flat": ["top_k"], "state": ["mirostat_tau", "repetition_penalty", "dry_multiplier", "min_tokens", "end_tokens"],
