@@ -82,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template as a user's turn")
     p.add_argument("--n", type=int, default=1, help="continuations per prompt (1)")
     p.add_argument("--best-of", "--best_of", type=int, help="draw so many per prompt and give the n most probable")
+    p.add_argument("--json-schema", "--json_schema", metavar="FILE.json", help="answers are JSON that fits this schema")
+    p.add_argument("--regex", metavar="PATTERN", help="answers match this regular expression")
+    p.add_argument("--lark", metavar="FILE", help="answers follow this Lark grammar")
+    p.add_argument("--choice", action="append", metavar="TEXT", help="answers are one of these texts; given several times")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="prompts at a time (8)")
     p.add_argument("--json", action="store_true", help="answer in JSON lines for --prompt too")
     sampled(p, 64)
@@ -231,7 +235,8 @@ def on_generate(args: argparse.Namespace, _: list[str]) -> int:
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("give --prompt=TEXT (once or more) or --prompts=FILE.jsonl")
     prompts = args.prompt or run.read_prompts(args.prompts)
-    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, **knobs(args)):
+    grammar = run.read_grammar(json_schema=args.json_schema, regex=args.regex, lark=args.lark, choice=args.choice)
+    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, grammar=grammar, **knobs(args)):
         if args.json or args.prompts:
             print(json.dumps(done, ensure_ascii=False), flush=True)
         else:

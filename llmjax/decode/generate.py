@@ -6,39 +6,25 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core import ConfigError
+from llmjax.decode.constrained import TOGETHER, constrained
+from llmjax.decode.grammar import Constraint, Grammar
 from llmjax.decode.prepare import prepared
 from llmjax.decode.prompts import Prompt, begun, bucket, padded, token_ids
+from llmjax.decode.rows import Completion, Row
 from llmjax.decode.sampling import Sampling, make_sampling, per_row, row_keys, start_history
-from llmjax.decode.score import pairs, score
+from llmjax.decode.score import score
 from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
-from llmjax.decode.stops import Stops, make_stops, new_text, pieces, stop_in, until_end
-from llmjax.models import Decoder
+from llmjax.decode.stops import Stops, make_stops, pieces, stop_in
+from llmjax.models import Cache, Decoder
 
 CHECK_EVERY = 16                       # draws between looks for stop strings
-
-
-@dc.dataclass(frozen=True)
-class Completion:
-    """One continuation. ids: new tokens, the end token left out; text: None without a tokenizer; logprobs: of each id under the model's softmax; finish: why it ended.
-
-    score: the mean log-probability of what was drawn, the end token too, or what a scorer said. alternatives: at each id the most probable ones, (id, log-probability), best first;
-    prompt_logprobs, prompt_alternatives: the same of the prompt's ids, None for the first. None where not asked for.
-    """
-    ids: list[int]
-    text: str | None
-    logprobs: list[float]
-    finish: Literal["end", "stop", "length"]
-    score: float = 0.0
-    alternatives: list[list[tuple[int, float]]] | None = None
-    prompt_logprobs: list[float | None] | None = None
-    prompt_alternatives: list[list[tuple[int, float]] | None] | None = None
 
 
 def sampling_of(rows: int, stops: Stops, tokenizer: Any, config: Any, knobs: dict[str, Any]) -> Sampling:
@@ -67,35 +53,51 @@ def sampling_of(rows: int, stops: Stops, tokenizer: Any, config: Any, knobs: dic
     return make_sampling(rows, config.vocab_size, **knobs)
 
 
-def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int,
-          alternatives: int = 0) -> Decoding:
-    """Prefills the prompts (those of an encoder-decoder are what its encoder reads), repeats each n times and draws the first tokens."""
+@dc.dataclass
+class Start:
+    """Prompts that are read: logits [B, V] after them, the cache, and of each row its length, how many tokens it may make, and what a History of it begins with."""
+    logits: jax.Array
+    cache: Cache
+    lengths: np.ndarray
+    limits: np.ndarray
+    told: list[list[int]]
+
+
+def prefilled(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, n: int, spare: int = 0) -> Start:
+    """Prompts (those of an encoder-decoder are what its encoder reads) fed, each n times; the cache has room for the answers and `spare` tokens more."""
     config, source = model.config, None
     if config.encoder:
         tokens, _, segments = padded(rows, min(bucket(max(map(len, rows))), max(config.encoder.context, max(map(len, rows)))))
         source, rows = (tokens, segments), begun(rows, config)
-    lengths = np.asarray([len(r) for r in rows for _ in range(n)], np.int32)
+    told = [r for r in rows for _ in range(n)]
+    lengths = np.asarray([len(r) for r in told], np.int32)
     limits = np.minimum(max_new_tokens, config.context - lengths + 1)
-    room = bucket(int(limits.max()))
-    length = bucket(max(map(len, rows)))
-    cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + room) // 64) * 64)
-    tokens, positions, segments = padded(rows, min(length, cache.length))
+    cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + bucket(int(limits.max())) + spare) // 64) * 64)
+    tokens, positions, segments = padded(rows, min(bucket(max(map(len, rows))), cache.length))
     logits, cache = prefill(model, params, tokens, positions, segments, cache, source)
     if n > 1:
         logits, cache = jnp.repeat(logits, n, 0), repeat_rows(cache, n)
-    history = start_history(sampling, config.vocab_size, [r for r in rows for _ in range(n)], length=cache.length)
-    return begin(logits, cache, lengths, limits, row_keys(seed, len(lengths)), history, sampling, np.asarray(end_tokens, np.int32), room, alternatives)
+    return Start(logits, cache, lengths, limits, told)
+
+
+def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int,
+          alternatives: int = 0) -> Decoding:
+    """Prompts fed, each n times, and the first tokens drawn."""
+    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=n)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    return begin(s.logits, s.cache, s.lengths, s.limits, row_keys(seed, len(s.told)), history, sampling, np.asarray(end_tokens, np.int32), bucket(int(s.limits.max())), alternatives)
 
 
 def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None,
              seed: int | Sequence[int] = 0, n: int = 1, best_of: int | None = None, scorer: Callable[[Prompt, Completion], float] | None = None, logprobs: int = 0,
-             prompt_logprobs: bool = False, **knobs: Any) -> list[Completion]:
+             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, **knobs: Any) -> list[Completion]:
     """Continuations of each prompt, n in a row per prompt: [prompt 0 sample 0, prompt 0 sample 1, …].
 
     prompts: texts, or lists of ids (then tokenizer may be None). knobs: those of sampling.Sampling, for all, or a list of one per row drawn; texts may stand in bad_words. seed: one
     number (row i draws from its i-th fold) or one per row drawn; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []:
     nothing. best_of: so many are drawn per prompt, and the n that score best are given, best first; the score is the mean log-probability, or what scorer(prompt, completion) says.
-    logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. Generation ends at the model's context at the latest.
+    logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. grammar: what answers may be (JsonSchema, Regex, Lark or Choice), for all or one per row
+    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. Generation ends at the model's context at the latest.
     Raises ConfigError for what cannot be done, naming it.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("best_of", n if best_of is None else best_of)):
@@ -114,18 +116,21 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     told = [ids for ids in begun(rows, model.config) for _ in range(drawn)]
     stops = make_stops(stop, tokenizer, model.config)
     sampling = sampling_of(len(told), stops, tokenizer, model.config, knobs)
-    each = [dc.replace(stops, least=least or 0) for least in per_row("min_tokens", knobs.get("min_tokens"), len(told), 0)]
+    grammars = grammars_of(grammar, len(told), tokenizer, model.config)
+    if any(grammars) and sampling.min_tokens is not None:
+        raise ConfigError("min_tokens and grammar contradict each other: a grammar says when its answer ends")
+    each = [dc.replace(stops, least=least or 0, tokens=(*stops.tokens, *(g.end_tokens if g else ()))) for g, least in zip(grammars, per_row("min_tokens", knobs.get("min_tokens"), len(told), 0))]
     model, params = prepared(model, params)
-    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=drawn, alternatives=logprobs)
-    end = np.asarray(stops.tokens, np.int32)
-    if not stops.texts:
-        state = loop(model, params, state, sampling, end, np.int32(max_new_tokens))
+    if any(grammars):
+        grown = [Row(prompt, mine, 0) for prompt, mine in zip(told, each)]
+        steps = constrain(model, params, rows, grown, grammars, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)
+        for count, _ in enumerate(steps, 1):
+            if stops.texts and count % CHECK_EVERY == 0:
+                for row in grown:
+                    row.end_at_text(tokenizer)
+        found = [row.completion(tokenizer) for row in grown]
     else:
-        while not bool(np.all(state.done)):
-            state = loop(model, params, state, sampling, end, np.int32(int(state.count) + CHECK_EVERY))
-            hit = [stop_in(tokenizer, prompt, ids, mine) is not None for prompt, ids, mine in zip(told, made(state, stops.tokens), each)]
-            state = dc.replace(state, done=state.done | jnp.asarray(hit))
-    found = finished(state, told, tokenizer, each)
+        found = [row.completion(tokenizer) for row in looped(model, params, tokenizer, rows, told, each, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)]
     if best_of is not None:
         found = [c for i in range(len(rows)) for c in ranked(prompts[i], found[i * drawn:(i + 1) * drawn], scorer)[:n]]
     if prompt_logprobs:
@@ -141,26 +146,43 @@ def ranked(prompt: Prompt, found: list[Completion], scorer: Callable[[Prompt, Co
     return sorted(found, key=lambda c: -c.score)
 
 
-def made(state: Decoding, end_tokens: Sequence[int]) -> list[list[int]]:
-    """The new ids of each row so far, up to its end token or limit."""
-    tokens, count, limits = np.asarray(state.tokens), int(state.count), np.asarray(state.limits)
-    return [until_end(row[:min(count, limit)].tolist(), end_tokens) for row, limit in zip(tokens, limits)]
+def looped(model: Decoder, params: Any, tokenizer: Any, rows: list[list[int]], told: list[list[int]], stops: list[Stops], *, max_new_tokens: int, sampling: Sampling, **rest: Any) -> list[Row]:
+    """Rows drawn on the device alone, which comes back to the host for stop strings only."""
+    ends, texts = stops[0].tokens, stops[0].texts
+    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=ends, **rest)
+    while True:
+        until = int(state.count) + CHECK_EVERY if texts else max_new_tokens
+        state = loop(model, params, state, sampling, np.asarray(ends, np.int32), np.int32(until))
+        tokens, logprobs, limits, done, others = jax.device_get((state.tokens, state.logprobs, state.limits, state.done, state.alternatives))
+        made = [Row(prompt, mine, int(limit)) for prompt, mine, limit in zip(told, stops, limits)]
+        for i, row in enumerate(made):
+            row.take(tokens[i, :int(state.count)].tolist(), logprobs[i], None if others is None else (others[0][i], others[1][i]))
+        if done.all():
+            return made
+        hit = [stop_in(tokenizer, row.prompt, row.ids, row.stops) is not None for row in made]
+        state = dc.replace(state, done=state.done | jnp.asarray(hit))
+        if (done | np.asarray(hit)).all():
+            return made
 
 
-def finished(state: Decoding, prompts: list[list[int]], tokenizer: Any, stops: list[Stops]) -> list[Completion]:
-    """What the rows of a loop that ended made; prompts and stops of each row."""
-    tokens, logprobs, limits, others = jax.device_get((state.tokens, state.logprobs, state.limits, state.alternatives))
-    found = []
-    for i, (prompt, ids, stop) in enumerate(zip(prompts, made(state, stops[0].tokens), stops)):
-        ended = len(ids) < min(int(limits[i]), tokens.shape[1]) and tokens[i, len(ids)] in stop.tokens
-        text, finish = None if tokenizer is None else new_text(tokenizer, prompt, ids), "end" if ended else "length"
-        cut = stop_in(tokenizer, prompt, ids, stop)
-        if cut is not None:
-            ids, text, finish = ids[:cut[0]], cut[1], "stop"
-        told = logprobs[i, :len(ids) + (finish == "end")]
-        found.append(Completion(ids, text, [float(x) for x in logprobs[i, :len(ids)]], finish, float(np.mean(told)) if len(told) else 0.0,      # type: ignore[arg-type]
-                                None if others is None else pairs(others[0][i], others[1][i], len(ids))))
-    return found
+def grammars_of(grammar: Constraint | Sequence[Constraint | None] | None, rows: int, tokenizer: Any, config: Any) -> list[Grammar | None]:
+    """One constraint for all rows, or one each, compiled once each."""
+    each = list(grammar) if isinstance(grammar, list | tuple) else [grammar] * rows
+    if len(each) != rows:
+        raise ConfigError(f"grammar: {len(each)} grammars for {rows} rows; give one, or one per row")
+    known = {id(g): None if g is None else Grammar(g, tokenizer, config.vocab_size, config.end_tokens) for g in each}
+    return [known[id(g)] for g in each]
+
+
+def constrain(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], grammars: list[Grammar | None], *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
+              alternatives: int = 0) -> Iterator[None]:
+    """`constrained` from the prompts on: fills `rows`."""
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=TOGETHER)
+    for row, limit in zip(rows, s.limits):
+        row.limit = int(limit)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    matchers = [g.matcher() if g else None for g in grammars]
+    return constrained(model, params, s.logits, s.cache, rows, matchers, sampling, row_keys(seed, len(rows)), history, alternatives)
 
 
 def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, n: int = 1, **knobs: Any) -> list:
@@ -170,15 +192,29 @@ def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     return each if n == 1 else [each[i:i + n] for i in range(0, len(each), n)]
 
 
-def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None, seed: int = 0,
-           **knobs: Any) -> Iterator[str]:
+def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None, seed: int | Sequence[int] = 0,
+           grammar: Constraint | None = None, **knobs: Any) -> Iterator[str]:
     """One prompt's continuation in pieces of whole characters; text that may be the beginning of a stop string is held back until it is clear. Knobs as in `complete`."""
     rows = token_ids([prompt], tokenizer, model.config)
     stops = dc.replace(make_stops(stop, tokenizer, model.config), least=knobs.get("min_tokens") or 0)
     sampling = sampling_of(1, stops, tokenizer, model.config, knobs)
+    told, made = begun(rows, model.config)[0], grammars_of(grammar, 1, tokenizer, model.config)
     model, params = prepared(model, params)
-    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1)
-    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops, begun(rows, model.config)[0])
+    if made[0] is not None:
+        row = Row(told, dc.replace(stops, tokens=(*stops.tokens, *made[0].end_tokens)), 0)
+        ids = new_ids(row, constrain(model, params, rows, [row], made, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=1))
+    else:
+        ids = token_stream(model, params, start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1), sampling, stops)
+    yield from pieces(ids, tokenizer, stops, told)
+
+
+def new_ids(row: Row, steps: Iterator[None]) -> Iterator[int]:
+    """The ids of a row as its steps make them, without its end token."""
+    given = 0
+    for _ in steps:
+        new, given = row.ids[given:], len(row.ids)
+        yield from (x for x in new if x not in row.stops.tokens)
+    yield from (x for x in row.ids[given:] if x not in row.stops.tokens)
 
 
 def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Sampling, stops: Stops, keep: list | None = None) -> Iterator[int]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llmjax.core import ConfigError
 from llmjax.decode.prompts import Prompt, bucket, padded, token_ids
+from llmjax.decode.rows import pairs
 from llmjax.decode.sampling import best_logprobs, logprobs_of
 from llmjax.models import Decoder, jit_by_model
 
@@ -56,8 +56,3 @@ def score(model: Decoder, params: Any, tokenizer: Any, texts: Sequence[Prompt], 
     logprobs, others = jax.device_get(scored(model, params, tokens, segments, alternatives))
     return [Score(ids, [None, *(float(v) for v in logprobs[i, :len(ids) - 1])], None if others is None else [None, *pairs(others[0][i], others[1][i], len(ids) - 1)])
             for i, ids in enumerate(rows)]
-
-
-def pairs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    """ids, logprobs [T, n] -> the first `count` places as lists of (id, log-probability)."""
-    return [list(zip(a, b)) for a, b in zip(ids[:count].tolist(), logprobs[:count].tolist())]

@@ -42,13 +42,6 @@ def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     return "".join([*(pieces.push(i) for i in ids if i < tokenizer.vocab_size), pieces.flush()])       # a model's table may have rows its tokenizer has no token for
 
 
-def until_end(ids: list[int], end_tokens: Sequence[int]) -> list[int]:
-    for i, x in enumerate(ids):
-        if x in end_tokens:
-            return ids[:i]
-    return ids
-
-
 def find_stop(text: str, stops: Sequence[str], after: int = 0) -> int | None:
     """Where the earliest stop string begins that ends beyond `after` characters, or None."""
     places = [i for i in (text.find(s, max(0, after - len(s) + 1)) for s in stops) if i >= 0]

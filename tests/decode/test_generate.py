@@ -172,8 +172,8 @@ def test_knobs_reach_the_loop(made):
     model, params = made
     plain = decode.generate(model, params, None, [[5, 6, 7]] * 3, max_new_tokens=10, stop=[])[0]
     two = next(plain[i:i + 2] for i in range(1, 9) if plain[i] != plain[0] != plain[i + 1])
-    knobs = dict(bad_words=[[[plain[0]], two], None, None], allowed_token_ids=[None, [1, 2, 3], None], frequency_penalty=[None, None, -2.0], presence_penalty=[2.0, 2.0, None], logit_bias=[None, None, {9: 50.0}],
-                 min_tokens=[None, None, 5], stop=[9])
+    knobs = dict(bad_words=[[[plain[0]], two], None, None], allowed_token_ids=[None, [1, 2, 3], None], frequency_penalty=[None, None, -2.0], presence_penalty=[2.0, 2.0, None],
+                 logit_bias=[None, None, {9: 50.0}], min_tokens=[None, None, 5], stop=[9])
     banned, few, late = decode.complete(model, params, None, [[5, 6, 7]] * 3, max_new_tokens=10, **knobs)
     assert plain[0] not in banned.ids and two not in [banned.ids[i:i + 2] for i in range(9)]
     assert set(few.ids) <= {1, 2, 3} and len(few.ids) == 10
