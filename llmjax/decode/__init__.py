@@ -8,8 +8,9 @@ from llmjax.decode.rows import Completion
 from llmjax.decode.sampling import Sampling, best_logprobs, distribution, logprobs_of, make_sampling, row_keys, sample, start_history
 from llmjax.decode.score import Score, score
 from llmjax.decode.session import Session
+from llmjax.decode.speculative import Draft, DraftModel, EarlyExit, NGram
 from llmjax.decode.steps import Decoding, begin, can_rewind, decode_step, grow, init_cache, loop, prefill, repeat_rows, rewind
 
-__all__ = ["Choice", "Completion", "Constraint", "Decoding", "Grammar", "History", "JsonSchema", "Lark", "Matcher", "Regex", "Sampling", "Score", "Session", "begin", "best_logprobs",
-           "can_rewind", "complete", "decode_step", "distribution", "embed", "generate", "grow", "init_cache", "logprobs_of", "loop", "make_sampling", "prefill", "prepare",
-           "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream", "unstack"]
+__all__ = ["Choice", "Completion", "Constraint", "Decoding", "Draft", "DraftModel", "EarlyExit", "Grammar", "History", "JsonSchema", "Lark", "Matcher", "NGram", "Regex", "Sampling", "Score",
+           "Session", "begin", "best_logprobs", "can_rewind", "complete", "decode_step", "distribution", "embed", "generate", "grow", "init_cache", "logprobs_of", "loop",
+           "make_sampling", "prefill", "prepare", "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream", "unstack"]

@@ -37,8 +37,8 @@ def feed(model: Decoder, params: Any, tokens: jax.Array, positions: jax.Array, s
 
 
 @functools.partial(jax.jit, static_argnames="alternatives", donate_argnames="history")
-def draw_masked(logits: jax.Array, sampling: Sampling, keys: jax.Array, positions: jax.Array, history: History, mask: jax.Array, active: jax.Array, alternatives: int = 0) -> tuple:
-    """`sample` under masks [B, ceil(V / 32)] int32 -> (tokens [B], log-probabilities [B], alternatives [B, n] or None, history)."""
+def draw_masked(logits: jax.Array, sampling: Sampling, keys: jax.Array, positions: jax.Array, history: History, mask: jax.Array | None, active: jax.Array, alternatives: int = 0) -> tuple:
+    """`sample` under masks [B, ceil(V / 32)] int32, or none -> (tokens [B], log-probabilities [B], alternatives [B, n] or None, history)."""
     tokens, logprobs, history = sample(logits, sampling, keys, positions, history, mask, active)
     return tokens, logprobs, best_logprobs(logits, alternatives) if alternatives else None, history
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core import ConfigError
-from llmjax.decode.constrained import TOGETHER, constrained
+from llmjax.decode.constrained import TOGETHER, constrained, draw_masked
 from llmjax.decode.grammar import Constraint, Grammar
-from llmjax.decode.prepare import prepared
+from llmjax.decode.prepare import prepare, prepared
 from llmjax.decode.prompts import Prompt, begun, bucket, padded, token_ids
 from llmjax.decode.rows import Completion, Row
 from llmjax.decode.sampling import Sampling, make_sampling, per_row, row_keys, start_history
 from llmjax.decode.score import score
+from llmjax.decode.speculative import Draft, Drafting, DraftModel, EarlyExit, checked, first_layers, speculated
 from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
 from llmjax.decode.stops import Stops, make_stops, pieces, stop_in
 from llmjax.models import Cache, Decoder
@@ -90,14 +91,14 @@ def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens:
 
 def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None,
              seed: int | Sequence[int] = 0, n: int = 1, best_of: int | None = None, scorer: Callable[[Prompt, Completion], float] | None = None, logprobs: int = 0,
-             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, **knobs: Any) -> list[Completion]:
+             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, draft: Draft | None = None, **knobs: Any) -> list[Completion]:
     """Continuations of each prompt, n in a row per prompt: [prompt 0 sample 0, prompt 0 sample 1, …].
 
     prompts: texts, or lists of ids (then tokenizer may be None). knobs: those of sampling.Sampling, for all, or a list of one per row drawn; texts may stand in bad_words. seed: one
     number (row i draws from its i-th fold) or one per row drawn; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []:
     nothing. best_of: so many are drawn per prompt, and the n that score best are given, best first; the score is the mean log-probability, or what scorer(prompt, completion) says.
     logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. grammar: what answers may be (JsonSchema, Regex, Lark or Choice), for all or one per row
-    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. Generation ends at the model's context at the latest.
+    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit). Generation ends at the model's context at the latest.
     Raises ConfigError for what cannot be done, naming it.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("best_of", n if best_of is None else best_of)):
@@ -120,10 +121,14 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     if any(grammars) and sampling.min_tokens is not None:
         raise ConfigError("min_tokens and grammar contradict each other: a grammar says when its answer ends")
     each = [dc.replace(stops, least=least or 0, tokens=(*stops.tokens, *(g.end_tokens if g else ()))) for g, least in zip(grammars, per_row("min_tokens", knobs.get("min_tokens"), len(told), 0))]
+    if draft is not None and any(grammars):
+        raise ConfigError("draft and grammar do not go together yet: leave one out")
+    draft = None if draft is None else checked(draft, model)
     model, params = prepared(model, params)
-    if any(grammars):
+    if any(grammars) or draft is not None:
         grown = [Row(prompt, mine, 0) for prompt, mine in zip(told, each)]
-        steps = constrain(model, params, rows, grown, grammars, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)
+        knobs = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)
+        steps: Iterator = constrain(model, params, rows, grown, grammars, **knobs) if draft is None else speculate(model, params, rows, grown, draft, **knobs)
         for count, _ in enumerate(steps, 1):
             if stops.texts and count % CHECK_EVERY == 0:
                 for row in grown:
@@ -167,7 +172,7 @@ def looped(model: Decoder, params: Any, tokenizer: Any, rows: list[list[int]], t
 
 def grammars_of(grammar: Constraint | Sequence[Constraint | None] | None, rows: int, tokenizer: Any, config: Any) -> list[Grammar | None]:
     """One constraint for all rows, or one each, compiled once each."""
-    each = list(grammar) if isinstance(grammar, list | tuple) else [grammar] * rows
+    each: list[Any] = list(grammar) if isinstance(grammar, list | tuple) else [grammar] * rows
     if len(each) != rows:
         raise ConfigError(f"grammar: {len(each)} grammars for {rows} rows; give one, or one per row")
     known = {id(g): None if g is None else Grammar(g, tokenizer, config.vocab_size, config.end_tokens) for g in each}
@@ -183,6 +188,29 @@ def constrain(model: Decoder, params: Any, prompts: list[list[int]], rows: list[
     history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
     matchers = [g.matcher() if g else None for g in grammars]
     return constrained(model, params, s.logits, s.cache, rows, matchers, sampling, row_keys(seed, len(rows)), history, alternatives)
+
+
+def speculate(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], draft: Draft, *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
+              alternatives: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """`speculated` from the prompts on: fills `rows`."""
+    side = Drafting(draft, None, None, None)
+    if isinstance(draft, DraftModel):
+        side = Drafting(draft, *prepare(draft.model, draft.params), None)
+    elif isinstance(draft, EarlyExit):
+        side = Drafting(draft, *first_layers(model, params, draft.layers), None)
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=draft.tokens + 1)
+    if side.model is not None:
+        side.cache = prefilled(side.model, side.params, prompts, max_new_tokens=max_new_tokens, n=n, spare=2 * draft.tokens + 2).cache
+    for row, limit in zip(rows, s.limits):
+        row.limit = int(limit)
+    keys, history = row_keys(seed, len(rows)), start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    active = np.ones(len(rows), bool)
+    tokens, logprobs, others, history = draw_masked(s.logits, sampling, keys, s.lengths, history, None, active, alternatives)
+    tokens, logprobs, others = jax.device_get((tokens, logprobs, others))
+    for i, row in enumerate(rows):
+        row.take(tokens[i:i + 1].tolist(), logprobs[i:i + 1], None if others is None else (others[0][i:i + 1], others[1][i:i + 1]))
+    sources = [(prompts[i // n] if model.config.encoder else []) + row.prompt for i, row in enumerate(rows)]
+    return speculated(model, params, s.cache, rows, sources, side, sampling, keys, history, alternatives)
 
 
 def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, n: int = 1, **knobs: Any) -> list:

@@ -186,7 +186,8 @@ class Pieces:
         want, ids = text.encode(), self.tokenizer.encode(text)
         if not self.special.intersection(ids) and all(i < len(self.tokens) for i in ids) and b"".join(self.tokens[i] for i in ids) == want:
             return ids
-        out, at = [], 0
+        out: list[int] = []
+        at = 0
         while at < len(want):
             size = next((n for n in range(min(self.longest, len(want) - at), 0, -1) if want[at:at + n] in self.ids), None)
             if size is None:

@@ -275,12 +275,18 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, positions: ja
         weights = filters.weigh(filtered(logits, sampling, history))
         drawn = filters.draw(weights, uniforms(keys, positions))
         tokens = jnp.where(sampling.temperature == 0, tokens, drawn)
-        if sampling.mirostat_tau is not None:
-            surprise = jnp.log2(weights.sum(-1)) - jnp.log2(jnp.take_along_axis(weights, tokens[:, None], -1)[:, 0])
-            mu = jnp.where(jnp.isfinite(sampling.mirostat_tau), mu - sampling.mirostat_eta * (surprise - sampling.mirostat_tau), mu)      # type: ignore[operator, arg-type]
+        mu = next_mu(sampling, history, weights, tokens)
     if jax.tree.leaves(history):
         history = remember(history, tokens, jnp.ones(tokens.shape, bool) if active is None else active, mu)
     return tokens, logprobs_of(raw, tokens), history
+
+
+def next_mu(sampling: Sampling, history: History, weights: jax.Array, tokens: jax.Array) -> jax.Array | None:
+    """Mirostat's mu [B] after tokens [B] were drawn in proportion to weights [B, V]; None without it."""
+    if history.mu is None or sampling.mirostat_tau is None or sampling.mirostat_eta is None:
+        return history.mu
+    surprise = jnp.log2(weights.sum(-1)) - jnp.log2(jnp.take_along_axis(weights, tokens[:, None], -1)[:, 0])
+    return jnp.where(jnp.isfinite(sampling.mirostat_tau), history.mu - sampling.mirostat_eta * (surprise - sampling.mirostat_tau), history.mu)
 
 
 def logprobs_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
