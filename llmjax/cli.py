@@ -58,7 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--top-k", "--top_k", type=int, help="draw among the k best")
         parser.add_argument("--top-p", "--top_p", type=float, help="draw among the most probable that make up this mass")
         parser.add_argument("--min-p", "--min_p", type=float, help="leave out what is less probable than this share of the best")
+        parser.add_argument("--typical-p", "--typical_p", type=float, help="draw among the tokens of typical surprise that make up this mass")
+        parser.add_argument("--top-n-sigma", "--top_n_sigma", type=float, help="leave out logits more than so many standard deviations below the best")
+        parser.add_argument("--mirostat-tau", "--mirostat_tau", type=float, help="mirostat 2: bits of surprise a token to hold on to (5 is usual)")
+        parser.add_argument("--mirostat-eta", "--mirostat_eta", type=float, help="mirostat 2: its learning rate (0.1)")
         parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, help="above 1 makes tokens already there less likely")
+        parser.add_argument("--frequency-penalty", "--frequency_penalty", type=float, help="taken off a token's logit for each time the answer holds it")
+        parser.add_argument("--presence-penalty", "--presence_penalty", type=float, help="taken off a token's logit if the answer holds it")
+        parser.add_argument("--dry-multiplier", "--dry_multiplier", type=float, help="DRY: how hard to punish what makes a repeat longer (0.8 is usual)")
+        parser.add_argument("--min-tokens", "--min_tokens", type=int, help="do not stop before so many new tokens")
+        parser.add_argument("--bad-word", "--bad_word", dest="bad_words", action="append", metavar="TEXT", help="a text that may not come; may be given several times")
         parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
         parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
         computed(parser)
@@ -76,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE.jsonl", help='prompts, one a line: a string, or an object with "prompt"; answers come as JSON lines')
     p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template as a user's turn")
     p.add_argument("--n", type=int, default=1, help="continuations per prompt (1)")
+    p.add_argument("--best-of", "--best_of", type=int, help="draw so many per prompt and give the n most probable")
+    p.add_argument("--json-schema", "--json_schema", metavar="FILE.json", help="answers are JSON that fits this schema")
+    p.add_argument("--regex", metavar="PATTERN", help="answers match this regular expression")
+    p.add_argument("--lark", metavar="FILE", help="answers follow this Lark grammar")
+    p.add_argument("--choice", action="append", metavar="TEXT", help="answers are one of these texts; given several times")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="prompts at a time (8)")
     p.add_argument("--json", action="store_true", help="answer in JSON lines for --prompt too")
     sampled(p, 64)
@@ -204,9 +218,12 @@ def workdir_of(args: argparse.Namespace) -> pathlib.Path:
     return pathlib.Path(args.workdir) if args.workdir else pathlib.Path("runs", pathlib.Path(args.config.partition(":")[0]).stem)
 
 
+SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "mirostat_tau", "mirostat_eta", "repetition_penalty", "frequency_penalty",
+           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "dtype", "quantize")
+
+
 def knobs(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-                stop=args.stop, seed=args.seed, dtype=args.dtype, quantize=args.quantize)
+    return {name: getattr(args, name) for name in SAMPLED}
 
 
 def on_train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -223,7 +240,8 @@ def on_generate(args: argparse.Namespace, _: list[str]) -> int:
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("give --prompt=TEXT (once or more) or --prompts=FILE.jsonl")
     prompts = args.prompt or run.read_prompts(args.prompts)
-    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, **knobs(args)):
+    grammar = run.read_grammar(json_schema=args.json_schema, regex=args.regex, lark=args.lark, choice=args.choice)
+    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, grammar=grammar, **knobs(args)):
         if args.json or args.prompts:
             print(json.dumps(done, ensure_ascii=False), flush=True)
         else:

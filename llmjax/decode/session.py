@@ -17,10 +17,12 @@ import numpy as np
 from llmjax.checkpoint import safetensors_file
 from llmjax.checkpoint.table import Export
 from llmjax.core import CheckpointError, ConfigError
-from llmjax.decode.generate import bucket, make_stops, pieces, token_stream
+from llmjax.decode.generate import sampling_of, token_stream
 from llmjax.decode.prepare import prepared
-from llmjax.decode.sampling import make_sampling, row_keys
+from llmjax.decode.prompts import bucket
+from llmjax.decode.sampling import row_keys, start_history
 from llmjax.decode.steps import begin, can_rewind, grow, init_cache, prefill, rewind
+from llmjax.decode.stops import make_stops, pieces
 from llmjax.models import Decoder
 
 Message = dict[str, str]
@@ -103,11 +105,10 @@ class Session:
             raise ConfigError(f"the conversation has {len(ids)} tokens, there is room for {self.length}: start a new one (/reset), or give more length")
         limit = min(max_new_tokens, self.length - len(ids))
         logits = self.feed(ids, len(ids) + limit)
-        stops, sampling = make_stops(stop, self.tokenizer, self.model.config), make_sampling(1, **{"temperature": 0.0, **knobs})
-        seen = None
-        if sampling.repetition_penalty is not None:
-            seen = jnp.zeros((1, self.model.config.vocab_size), bool).at[0, jnp.asarray(ids)].set(True)
-        state = begin(logits, self.cache, np.asarray([len(ids)], np.int32), np.asarray([limit], np.int32), row_keys(seed, 1), seen, sampling,
+        stops = dc.replace(make_stops(stop, self.tokenizer, self.model.config), least=knobs.get("min_tokens") or 0)
+        sampling = sampling_of(1, stops, self.tokenizer, self.model.config, knobs)
+        history = start_history(sampling, self.model.config.vocab_size, [ids], length=self.length)
+        state = begin(logits, self.cache, np.asarray([len(ids)], np.int32), np.asarray([limit], np.int32), row_keys(seed, 1), history, sampling,
                       np.asarray(stops.tokens, np.int32), bucket(limit))
         kept, answer = [state], []
         try:

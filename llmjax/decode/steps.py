@@ -14,7 +14,8 @@ from jax.tree_util import register_dataclass
 
 from llmjax.core import ConfigError
 from llmjax.core.errors import nearest
-from llmjax.decode.sampling import Sampling, sample
+from llmjax.decode.history import History
+from llmjax.decode.sampling import Sampling, best_logprobs, sample
 from llmjax.kernels.attention.stored import QUANTIZED
 from llmjax.models import Cache, Decoder, HeavyHitters, State, Streaming, grow_cache, jit_by_model
 from llmjax.models import copy_pages as with_copies
@@ -98,7 +99,8 @@ def decode_step(model: Decoder, params: Any, tokens: jax.Array, positions: jax.A
 @dc.dataclass(frozen=True)
 class Decoding:
     """What a loop carries. positions [B] of the last token drawn (which is not fed yet); done [B] bool; limits [B]: how many tokens each row may make in all;
-    tokens, logprobs [B, M]: what was made; count: draws so far; keys [B]; seen [B, V] bool, or None without a repetition penalty."""
+    tokens, logprobs [B, M]: what was made; count: draws so far; keys [B]; history: what the knobs remember; alternatives: ids and log-probabilities [B, M, n] of the n most probable
+    tokens at each place, or None."""
     positions: jax.Array
     done: jax.Array
     limits: jax.Array
@@ -106,26 +108,32 @@ class Decoding:
     logprobs: jax.Array
     count: jax.Array
     keys: jax.Array
-    seen: jax.Array | None
+    history: History
     cache: Cache
+    alternatives: tuple[jax.Array, jax.Array] | None = None
 
 
 def draw(state: Decoding, logits: jax.Array, sampling: Sampling, end_tokens: jax.Array) -> Decoding:
     """Draws a token for every row that is not done and writes it down; a row is done with an end token (which is written) or at its limit. logits [B, V] float32."""
     positions = state.positions + 1
-    token, logprob = sample(logits, sampling, state.keys, positions, state.seen)
+    token, logprob, history = sample(logits, sampling, state.keys, positions, state.history, active=~state.done)
     token = jnp.where(state.done, 0, token)
     done = state.done | (token[:, None] == end_tokens[None]).any(-1) | (state.count + 1 >= state.limits)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    others = None
+    if state.alternatives is not None:
+        best = best_logprobs(logits, state.alternatives[0].shape[-1])
+        others = state.alternatives[0].at[:, state.count].set(best[0]), state.alternatives[1].at[:, state.count].set(best[1])
     return dc.replace(state, tokens=state.tokens.at[:, state.count].set(token), logprobs=state.logprobs.at[:, state.count].set(jnp.where(state.done, 0.0, logprob)),
-                      count=state.count + 1, done=done, seen=seen, positions=positions)
+                      count=state.count + 1, done=done, history=history, positions=positions, alternatives=others)
 
 
-@functools.partial(jax.jit, static_argnames="room", donate_argnames="cache")
-def begin(logits: jax.Array, cache: Cache, lengths: jax.Array, limits: jax.Array, keys: jax.Array, seen: jax.Array | None, sampling: Sampling, end_tokens: jax.Array, room: int) -> Decoding:
-    """The state after a prefill of `lengths` [B] tokens whose last logits [B, V] are given, its first token drawn. `room` is M."""
+@functools.partial(jax.jit, static_argnames=("room", "alternatives"), donate_argnames="cache")
+def begin(logits: jax.Array, cache: Cache, lengths: jax.Array, limits: jax.Array, keys: jax.Array, history: History, sampling: Sampling, end_tokens: jax.Array, room: int,
+          alternatives: int = 0) -> Decoding:
+    """The state after a prefill of `lengths` [B] tokens whose last logits [B, V] are given, its first token drawn. `room` is M, `alternatives` is n."""
     rows = logits.shape[0]
-    state = Decoding(lengths - 1, limits <= 0, limits, jnp.zeros((rows, room), jnp.int32), jnp.zeros((rows, room), jnp.float32), jnp.zeros((), jnp.int32), keys, seen, cache)
+    others = (jnp.zeros((rows, room, alternatives), jnp.int32), jnp.zeros((rows, room, alternatives), jnp.float32)) if alternatives else None
+    state = Decoding(lengths - 1, limits <= 0, limits, jnp.zeros((rows, room), jnp.int32), jnp.zeros((rows, room), jnp.float32), jnp.zeros((), jnp.int32), keys, history, cache, others)
     return draw(state, logits, sampling, end_tokens)
 
 
