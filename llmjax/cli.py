@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a model from a configuration; started again on the same folder it goes on",
     "generate": "continue prompts, for scripts",
     "chat": "talk with a model",
+    "serve": "answer over HTTP as OpenAI's API does, with a page to chat on",
     "eval": "loss, perplexity and bits per byte on a text or jsonl file",
     "convert": "write any readable checkpoint in another layout: Hugging Face, GGUF, Orbax",
     "tokenizer": "train a tokenizer, encode, decode",
@@ -98,6 +99,36 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--system", help="a system message")
     sampled(p, 512)
+
+    p = add("serve", "example: llmjax serve --model=smollm2 --port=8000, then open http://127.0.0.1:8000/ or point a client of OpenAI's API at http://127.0.0.1:8000/v1\n\n"
+                     "Paths: /v1/chat/completions /v1/completions /v1/embeddings /v1/models /v1/responses /v1/messages /tokenize /detokenize /health /ready /metrics /openapi.json\n"
+                     "SIGTERM ends it well: what runs is finished first. Needs pip install 'llmjax[serve]'.")
+    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--name", help="what clients call the model (the last part of --model)")
+    p.add_argument("--alias", action="append", default=[], help="another name that is taken too; may be given several times")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone; 0.0.0.0: everywhere, then give keys)")
+    p.add_argument("--port", type=int, default=8000, help="the port (8000)")
+    computed(p)
+    p.add_argument("--tensor", type=int, metavar="N", help="lay the model over N devices (tensor parallel)")
+    p.add_argument("--rows", type=int, default=32, help="sequences that are computed together (32)")
+    p.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (the model's context)")
+    p.add_argument("--cache-memory", "--cache_memory", metavar="SIZE", help="bytes of the cache, as 4G or 800M (room for 1,024 tokens of every row)")
+    p.add_argument("--chunk", type=int, default=128, help="tokens of a prompt computed at a time between steps of the others (128)")
+    p.add_argument("--queue", type=int, default=256, help="sequences that may wait; beyond it the answer is 429 (256)")
+    p.add_argument("--no-prefix-cache", "--no_prefix_cache", action="store_true", help="compute every prompt anew")
+    p.add_argument("--api-key", "--api_key", action="append", default=[], help="a key that clients must send; may be given several times (arguments can be seen by others here: see --api-key-file)")
+    p.add_argument("--api-key-file", "--api_key_file", metavar="FILE", help="keys, one a line, as owner:key or key")
+    p.add_argument("--rate", metavar="N/TIME", help="requests of a key, as 600/min (unlimited)")
+    p.add_argument("--concurrency", type=int, help="requests of a key that run together (unlimited)")
+    p.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take (600)")
+    p.add_argument("--max-body", "--max_body", metavar="SIZE", default="10M", help="bytes a request may have (10M)")
+    p.add_argument("--drain", type=float, default=60.0, help="seconds that running requests get after SIGTERM (60)")
+    p.add_argument("--cors-origin", "--cors_origin", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask, or *; may be given several times")
+    p.add_argument("--tls-cert", "--tls_cert", metavar="FILE", help="the certificate (PEM), for HTTPS")
+    p.add_argument("--tls-key", "--tls_key", metavar="FILE", help="its private key")
+    p.add_argument("--tool-parser", "--tool_parser", default="auto", metavar="NAME", help="how the model writes calls of tools: hermes, llama3, mistral, none (auto: read off its chat template)")
+    p.add_argument("--reasoning-parser", "--reasoning_parser", default="auto", metavar="NAME", help="how it writes thoughts: think, none (auto: read off its chat template)")
+    p.add_argument("--embedding-model", "--embedding_model", metavar="MODEL", help="the model of /v1/embeddings (the served one, its last hidden states averaged)")
 
     p = add("eval", "example: llmjax eval --model=smollm2 --file=book.txt --context=1024")
     p.add_argument("--model", required=True, help=MODEL)
@@ -256,6 +287,31 @@ def on_chat(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def on_serve(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import serve
+    memory = None if args.cache_memory is None else in_bytes("cache-memory", args.cache_memory)
+    engine = serve.EngineSettings(args.rows, args.context, memory=memory, chunk=args.chunk, queue=args.queue, share_prefixes=not args.no_prefix_cache)
+    settings = serve.ServerSettings(
+        host=args.host, port=args.port, name=args.name, aliases=tuple(args.alias), api_keys=tuple(args.api_key), api_key_file=args.api_key_file, rate=args.rate, together=args.concurrency,
+        timeout=args.timeout, body=in_bytes("max-body", args.max_body), drain=args.drain, origins=tuple(args.cors_origin), certificate=args.tls_cert, private_key=args.tls_key,
+        tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser, embedding_model=args.embedding_model)
+    return serve.serve(args.model, settings, engine, dtype=args.dtype, tensor=args.tensor, quantize=args.quantize)
+
+
+def in_bytes(option: str, text: str) -> int:
+    """"4G" -> 4294967296. Raises ValueError."""
+    number, unit = text.strip().removesuffix("B").removesuffix("i"), 1
+    if number[-1:].upper() in "KMGT" and number:
+        number, unit = number[:-1], 1024 ** ("KMGT".index(number[-1].upper()) + 1)
+    try:
+        size = int(float(number) * unit)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"--{option}={text}: a size is wanted, as 4G or 800M")
+    return size
+
+
 def on_eval(args: argparse.Namespace, _: list[str]) -> int:
     from llmjax import run
     found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, quantize=args.quantize, progress=not args.json)
@@ -335,4 +391,5 @@ def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "eval": on_eval, "convert": on_convert, "tokenizer": on_tokenizer, "data": on_data, "plan": on_plan, "show": on_show}
+HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "serve": on_serve, "eval": on_eval, "convert": on_convert,
+            "tokenizer": on_tokenizer, "data": on_data, "plan": on_plan, "show": on_show}

@@ -22,7 +22,8 @@ from llmjax.decode.sampling import Sampling, make_sampling, per_row, row_keys, s
 from llmjax.decode.score import score
 from llmjax.decode.speculative import Draft, Drafting, DraftModel, EarlyExit, checked, first_layers, speculated
 from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
-from llmjax.decode.stops import Stops, make_stops, pieces, stop_in
+from llmjax.decode.stops import Stops, make_stops, stop_in
+from llmjax.decode.text import pieces
 from llmjax.models import Cache, Decoder
 
 CHECK_EVERY = 16                       # draws between looks for stop strings

@@ -22,7 +22,8 @@ from llmjax.decode.prepare import prepared
 from llmjax.decode.prompts import bucket
 from llmjax.decode.sampling import row_keys, start_history
 from llmjax.decode.steps import begin, can_rewind, grow, init_cache, prefill, rewind
-from llmjax.decode.stops import make_stops, pieces
+from llmjax.decode.stops import make_stops
+from llmjax.decode.text import pieces
 from llmjax.models import Decoder
 
 Message = dict[str, str]

@@ -1,8 +1,8 @@
-"""Where an answer ends: end tokens, stop strings; and ids as text that stops there."""
+"""Where an answer ends: end tokens, stop strings."""
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llmjax.core import ConfigError
@@ -61,25 +61,3 @@ def stop_in(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], stops: St
         if at is not None:
             return min(count, len(ids)), text[:at]
     return None
-
-
-def pieces(ids: Iterator[int], tokenizer: Any, stops: Stops, prompt: Sequence[int]) -> Iterator[str]:
-    """Ids as text that continues the prompt's and never holds half a character nor any part of a stop string."""
-    detokenizer, held, floor = tokenizer.stream(skip_special_tokens=True, after=prompt), "", 0
-    for count, token in enumerate(ids, 1):
-        held += detokenizer.push(token) if token < tokenizer.vocab_size else ""
-        if count <= stops.least:
-            floor = len(held)
-        at = find_stop(held, stops.texts, floor)
-        if at is not None:
-            if held[:at]:
-                yield held[:at]
-            return
-        wait = max((k for s in stops.texts for k in range(1, min(len(s), len(held) + 1)) if held.endswith(s[:k])), default=0)
-        ready, held = held[:len(held) - wait], held[len(held) - wait:]
-        floor = max(0, floor - len(ready))
-        if ready:
-            yield ready
-    held += detokenizer.flush()
-    if held:
-        yield held
