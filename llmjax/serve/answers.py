@@ -5,6 +5,7 @@ A `Question` is prompts and how to continue them; `answer` asks the engine and g
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses as dc
 import functools
@@ -39,6 +40,32 @@ class Question:
     keep: frozenset[int] = frozenset()
     listener: Callable[[], Listener] = Listener
     grammar: Grammar | None = None
+    store: Store | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that what the engine says depends on, and whose it is: nobody learns from the time it takes what somebody else has asked."""
+        return (self.owner, tuple(map(tuple, self.prompts)), self.n, self.limit, self.knobs, self.stops, self.end_tokens, self.best, self.keep, None if self.grammar is None else self.grammar.source)
+
+
+class Store:
+    """Whole answers to questions that were asked before in every detail, the last `size` of them. Only what would come again is kept: drawn by a seed that was given, or not drawn."""
+
+    def __init__(self, size: int, seen: Callable[[bool], None] = lambda found: None):
+        self.size, self.seen = size, seen
+        self.kept: collections.OrderedDict[tuple[Any, ...], list[tuple[int, list[Event]]]] = collections.OrderedDict()
+
+    def find(self, question: Question) -> list[tuple[int, list[Event]]] | None:
+        found = self.kept.get(question.key)
+        if found is not None:
+            self.kept.move_to_end(question.key)
+        self.seen(found is not None)
+        return found
+
+    def keep(self, question: Question, said: list[tuple[int, list[Event]]]) -> None:
+        self.kept[question.key] = said
+        while len(self.kept) > self.size:
+            self.kept.popitem(last=False)
 
 
 @dc.dataclass(frozen=True)
@@ -144,6 +171,14 @@ def stops_of(body: Sampled, engine: Engine) -> tuple[tuple[str, ...], tuple[int,
 
 async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
     """Everything said, as it comes; ends when all choices have. Left early, the engine forgets the rest at once. Raises ApiError where the engine refuses or fails."""
+    said: list[tuple[int, list[Event]]] = []
+    if question.store is not None:
+        known = question.store.find(question)
+        if known is not None:
+            readers = [question.listener() for _ in range(len(question.prompts) * question.n)]
+            for index, events in known:
+                yield heard(readers[index], index, events, 0)
+            return
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, list[Event]]]()
     numbers: dict[Request, int] = {}
 
@@ -176,16 +211,25 @@ async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
                 left -= 1
                 if end.reason == "error":
                     raise ApiError(end.status, end.message)
-            text = "".join(e.text for e in events)
-            said = listeners[index].push(text) if text else Said()
-            if end is not None:
-                last = listeners[index].close()
-                said = Said(said.thought + last.thought, said.text + last.text, said.calls + last.calls)
+            said.append((index, events))
             sequence = requests[index].sequence
-            yield Part(index, said, tuple(e for e in events if isinstance(e, Piece)), end, sequence.hit if sequence else 0)
+            yield heard(listeners[index], index, events, sequence.hit if sequence else 0)
+        if question.store is not None:
+            question.store.keep(question, said)
     finally:
         if left:
             engine.cancel(*(r for r in requests if r.sequence is None or not r.sequence.done))
+
+
+def heard(listener: Listener, index: int, events: list[Event], cached: int) -> Part:
+    """What events of a choice say."""
+    end = events[-1] if isinstance(events[-1], End) else None
+    text = "".join(e.text for e in events)
+    said = listener.push(text) if text else Said()
+    if end is not None:
+        last = listener.close()
+        said = Said(said.thought + last.thought, said.text + last.text, said.calls + last.calls)
+    return Part(index, said, tuple(e for e in events if isinstance(e, Piece)), end, cached)
 
 
 @dc.dataclass

@@ -160,6 +160,8 @@ def talking(module: Any, events: Callable[[AsyncIterator[replies.Reply]], AsyncI
     """What an endpoint that makes text does, out of its file's question, reply and stream."""
     async def act(service: Service, body: Any, owner: str) -> replies.Reply | AsyncIterator[bytes]:
         asked = await module.question(service, body, owner)
+        if service.store is not None and (asked.knobs.temperature == 0 or getattr(body, "seed", None) is not None):
+            asked = dc.replace(asked, store=service.store)
         return events(module.stream(service, body, asked)) if body.stream else await module.reply(service, body, asked)
     return act
 

@@ -40,6 +40,7 @@ class ServerSettings:
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     embedding_model: str | None = None
+    answers_kept: int | None = None
 
 
 DEFAULT, ENGINE = ServerSettings(), EngineSettings()
@@ -51,6 +52,7 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
     try:
         import uvicorn
 
+        from llmjax.serve.answers import Store
         from llmjax.serve.app import make_app
         from llmjax.serve.guard import JsonLines, Keys, Rates
         from llmjax.serve.metrics import Metrics
@@ -80,6 +82,8 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
         embedder = Embedder(other, weights, reader, (other.config.encoder or other.config).context)
     name = settings.name or pathlib.Path(model).name.removesuffix(".gguf") or model
     service = Service(machine, name, metrics, Speech.of(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser), Limits(settings.timeout, settings.body), settings.aliases, embedder)
+    if settings.answers_kept is not None:
+        service.store = Store(settings.answers_kept, lambda found: metrics.stored.labels("exact", "hit" if found else "miss").inc())
     app = make_app(service, keys=keys, rates=rates, origins=settings.origins)
     log.info("starting", extra={"fields": {"model": name, "dtype": dtype, "devices": str(jax.devices()[0].device_kind), "engine": machine.describe(), "host": settings.host, "port": settings.port,
                                            "keys": 0 if keys is None else len(keys.digests)}})
@@ -119,6 +123,8 @@ def check(settings: ServerSettings) -> None:
     """Raises ConfigError."""
     if not 0 < settings.port < 65536:
         raise ConfigError(f"--port={settings.port}: a port from 1 to 65535 is wanted")
+    if settings.answers_kept is not None and settings.answers_kept < 1:
+        raise ConfigError(f"--response-cache={settings.answers_kept}: a number of answers from 1 is wanted")
     if (settings.certificate is None) != (settings.private_key is None):
         raise ConfigError("--tls-cert and --tls-key belong together")
     for option, file in (("tls-cert", settings.certificate), ("tls-key", settings.private_key)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmjax.core.errors import ConfigError, DataError, nearest
+from llmjax.serve.answers import Store
 from llmjax.serve.engine import Engine
 from llmjax.serve.errors import ApiError, bad
 from llmjax.serve.metrics import Metrics
@@ -52,6 +53,7 @@ class Service:
     limits: Limits = Limits()
     aliases: tuple[str, ...] = ()
     embedder: Embedder | None = None
+    store: Store | None = None
     stall: float = 120.0                               # seconds without a move after which the engine counts as stuck
     draining: bool = False
     created: int = dc.field(default_factory=lambda: int(time.time()))

@@ -243,6 +243,26 @@ def test_a_deadline_and_a_full_queue(web):
         web.engine.delay, web.service.limits = 0.0, limits
 
 
+def test_answers_that_are_kept(web):
+    from llmjax.serve.answers import Store
+    seen = []
+    web.service.store = Store(2, seen.append)
+    try:
+        body = dict(model="tiny", prompt="Once more", max_tokens=6, temperature=1.0, seed=4, n=2)
+        first, again = (post(web, "/v1/completions", body).json() for _ in range(2))
+        assert seen == [False, True] and [c["text"] for c in first["choices"]] == [c["text"] for c in again["choices"]] and first["usage"]["total_tokens"] == again["usage"]["total_tokens"]
+        streamed = post(web, "/v1/completions", {**body, "n": 1, "temperature": 0, "stream": True}).text
+        assert seen[-1] is False and "data: [DONE]" in streamed
+        assert post(web, "/v1/completions", {**body, "n": 1, "temperature": 0, "stream": True}).text.count("data: ") == streamed.count("data: ") and seen[-1] is True
+        post(web, "/v1/completions", body, {"authorization": "Bearer k-ben"})
+        assert seen[-1] is False, "another key's answers are its own"
+        count = len(seen)
+        post(web, "/v1/completions", {k: v for k, v in body.items() if k != "seed"})
+        assert len(seen) == count, "what is drawn anew each time is not kept"
+    finally:
+        web.service.store = None
+
+
 def test_no_prompt_and_no_key_in_the_log(web, caplog):
     with caplog.at_level("INFO", logger="llmjax.serve"):
         post(web, "/v1/completions?secret=k-ann", dict(model="tiny", prompt="my secret prompt", max_tokens=2))
