@@ -155,7 +155,7 @@ async def structure_of(engine: Engine, body: Sampled, response_format: Any) -> G
         return await grammar_of(engine, *found, "structured_outputs")
     if response_format is None or response_format.type == "text":
         return None
-    schema = {"type": "object"} if response_format.type == "json_object" else response_format.json_schema.schema_
+    schema = (response_format.schema_ or {"type": "object"}) if response_format.type == "json_object" else response_format.json_schema.schema_
     return await grammar_of(engine, "json", schema, "response_format")
 
 

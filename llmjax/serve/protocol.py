@@ -139,7 +139,15 @@ class JsonSchema(Body):
 
 
 class TextFormat(Body):
+    """schema: an addition of several servers, a JSON schema beside json_object."""
     type: Literal["text", "json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+    @model_validator(mode="after")
+    def sound(self) -> TextFormat:
+        if self.schema_ is not None and self.type == "text":
+            raise ValueError("schema says something about json_object, and the type is text")
+        return self
 
 
 class SchemaFormat(Body):

@@ -44,6 +44,7 @@ def test_instructor(web):
     import pydantic
 
     class Pet(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")          # else a random model goes on adding fields
         kind: Literal["cat", "dog"]
         age: Literal[1, 2, 3]
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA if hasattr(instructor.Mode, "JSON_SCHEMA") else instructor.Mode.TOOLS):
