@@ -8,9 +8,10 @@ import optax
 import pytest
 from train.test_step import DENSE, EXPERTS, far, run, setting
 
-from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Layout, Mlp, ShardingError, make_mesh
+from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Layout, Mlp, ModelConfig, ShardingError, make_mesh, shardings
 from llmjax.core.mesh import bubble
-from llmjax.models import Decoder, abstract_params
+from llmjax.core.positions import RelativeBuckets
+from llmjax.models import Decoder, abstract_params, build, init_params, labels
 from llmjax.models.pipeline import deal
 
 KINDS = {"dense": dc.replace(DENSE, repeats=4), "experts": dc.replace(EXPERTS, repeats=4),
@@ -63,6 +64,23 @@ def test_many_devices_are_one(kind, sizes):
     same(many, case(kind)[3], **ROOM.get(kind, {}))
     divided = {x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(many[0].params) if x.ndim > 1}
     assert not set(sizes) - {"data", "sequence"} or True in divided, "nothing is divided"
+
+
+def test_an_encoder_decoder_over_stages_and_rows():
+    """Both of its stacks in pipelines, relative positions and cross-attention on divided rows: its gradient is one device's."""
+    near = RelativeBuckets(8, 20)
+    stack = ModelConfig(64, 32, cycle=(Layer(Attention(4, 4, 8, rope=None, causal=False, relative=near), Mlp(48)),), repeats=4, context=64)
+    config = dc.replace(stack, cycle=(Layer(Attention(4, 4, 8, rope=None, relative=near), Mlp(48), cross=Attention(4, 4, 8, rope=None, causal=False)),), encoder=stack)
+    model, sizes = build(config, Compute("float32", "float32")), dict(data=1, stage=2, sequence=2, tensor=2)
+    params = init_params(model, jax.random.key(0))
+    source, tokens = np.random.default_rng(0).integers(1, 64, (2, 8, 16))
+    gradient = lambda model: jax.grad(lambda params: jax.numpy.sin(model.apply({"params": params}, tokens, encoder_tokens=source)[0]).mean())
+    one, many = gradient(model)(params), dc.replace(model, layout=Layout(**sizes))
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(labels(many), abstract_params(many), mesh))
+        assert far(jax.device_get(jax.jit(gradient(many))(placed)), one) < 1e-6
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(one)) > 1e-3
 
 
 @pytest.mark.parametrize("kind, form", [("dense", "ring"), ("window", "ulysses")])
