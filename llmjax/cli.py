@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a model from a configuration; started again on the same folder it goes on",
     "generate": "continue prompts, for scripts",
     "chat": "talk with a model",
+    "serve": "answer over HTTP as OpenAI's API does, with a page to chat on",
     "eval": "loss, perplexity and bits per byte on a text or jsonl file",
     "convert": "write any readable checkpoint in another layout: Hugging Face, GGUF, Orbax",
     "tokenizer": "train a tokenizer, encode, decode",
@@ -58,7 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--top-k", "--top_k", type=int, help="draw among the k best")
         parser.add_argument("--top-p", "--top_p", type=float, help="draw among the most probable that make up this mass")
         parser.add_argument("--min-p", "--min_p", type=float, help="leave out what is less probable than this share of the best")
+        parser.add_argument("--typical-p", "--typical_p", type=float, help="draw among the tokens of typical surprise that make up this mass")
+        parser.add_argument("--top-n-sigma", "--top_n_sigma", type=float, help="leave out logits more than so many standard deviations below the best")
+        parser.add_argument("--mirostat-tau", "--mirostat_tau", type=float, help="mirostat 2: bits of surprise a token to hold on to (5 is usual)")
+        parser.add_argument("--mirostat-eta", "--mirostat_eta", type=float, help="mirostat 2: its learning rate (0.1)")
         parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, help="above 1 makes tokens already there less likely")
+        parser.add_argument("--frequency-penalty", "--frequency_penalty", type=float, help="taken off a token's logit for each time the answer holds it")
+        parser.add_argument("--presence-penalty", "--presence_penalty", type=float, help="taken off a token's logit if the answer holds it")
+        parser.add_argument("--dry-multiplier", "--dry_multiplier", type=float, help="DRY: how hard to punish what makes a repeat longer (0.8 is usual)")
+        parser.add_argument("--min-tokens", "--min_tokens", type=int, help="do not stop before so many new tokens")
+        parser.add_argument("--bad-word", "--bad_word", dest="bad_words", action="append", metavar="TEXT", help="a text that may not come; may be given several times")
         parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
         parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
         computed(parser)
@@ -76,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE.jsonl", help='prompts, one a line: a string, or an object with "prompt"; answers come as JSON lines')
     p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template as a user's turn")
     p.add_argument("--n", type=int, default=1, help="continuations per prompt (1)")
+    p.add_argument("--best-of", "--best_of", type=int, help="draw so many per prompt and give the n most probable")
+    p.add_argument("--json-schema", "--json_schema", metavar="FILE.json", help="answers are JSON that fits this schema")
+    p.add_argument("--regex", metavar="PATTERN", help="answers match this regular expression")
+    p.add_argument("--lark", metavar="FILE", help="answers follow this Lark grammar")
+    p.add_argument("--choice", action="append", metavar="TEXT", help="answers are one of these texts; given several times")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="prompts at a time (8)")
     p.add_argument("--json", action="store_true", help="answer in JSON lines for --prompt too")
     sampled(p, 64)
@@ -84,6 +99,36 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--system", help="a system message")
     sampled(p, 512)
+
+    p = add("serve", "example: llmjax serve --model=smollm2 --port=8000, then open http://127.0.0.1:8000/ or point a client of OpenAI's API at http://127.0.0.1:8000/v1\n\n"
+                     "Paths: /v1/chat/completions /v1/completions /v1/embeddings /v1/models /v1/responses /v1/messages /tokenize /detokenize /health /ready /metrics /openapi.json\n"
+                     "SIGTERM ends it well: what runs is finished first. Needs pip install 'llmjax[serve]'.")
+    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--name", help="what clients call the model (the last part of --model)")
+    p.add_argument("--alias", action="append", default=[], help="another name that is taken too; may be given several times")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone; 0.0.0.0: everywhere, then give keys)")
+    p.add_argument("--port", type=int, default=8000, help="the port (8000)")
+    computed(p)
+    p.add_argument("--tensor", type=int, metavar="N", help="lay the model over N devices (tensor parallel)")
+    p.add_argument("--rows", type=int, default=32, help="sequences that are computed together (32)")
+    p.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (the model's context)")
+    p.add_argument("--cache-memory", "--cache_memory", metavar="SIZE", help="bytes of the cache, as 4G or 800M (room for 1,024 tokens of every row)")
+    p.add_argument("--chunk", type=int, default=128, help="tokens of a prompt computed at a time between steps of the others (128)")
+    p.add_argument("--queue", type=int, default=256, help="sequences that may wait; beyond it the answer is 429 (256)")
+    p.add_argument("--no-prefix-cache", "--no_prefix_cache", action="store_true", help="compute every prompt anew")
+    p.add_argument("--api-key", "--api_key", action="append", default=[], help="a key that clients must send; may be given several times (arguments can be seen by others here: see --api-key-file)")
+    p.add_argument("--api-key-file", "--api_key_file", metavar="FILE", help="keys, one a line, as owner:key or key")
+    p.add_argument("--rate", metavar="N/TIME", help="requests of a key, as 600/min (unlimited)")
+    p.add_argument("--concurrency", type=int, help="requests of a key that run together (unlimited)")
+    p.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take (600)")
+    p.add_argument("--max-body", "--max_body", metavar="SIZE", default="10M", help="bytes a request may have (10M)")
+    p.add_argument("--drain", type=float, default=60.0, help="seconds that running requests get after SIGTERM (60)")
+    p.add_argument("--cors-origin", "--cors_origin", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask, or *; may be given several times")
+    p.add_argument("--tls-cert", "--tls_cert", metavar="FILE", help="the certificate (PEM), for HTTPS")
+    p.add_argument("--tls-key", "--tls_key", metavar="FILE", help="its private key")
+    p.add_argument("--tool-parser", "--tool_parser", default="auto", metavar="NAME", help="how the model writes calls of tools: hermes, llama3, mistral, none (auto: read off its chat template)")
+    p.add_argument("--reasoning-parser", "--reasoning_parser", default="auto", metavar="NAME", help="how it writes thoughts: think, none (auto: read off its chat template)")
+    p.add_argument("--embedding-model", "--embedding_model", metavar="MODEL", help="the model of /v1/embeddings (the served one, its last hidden states averaged)")
 
     p = add("eval", "example: llmjax eval --model=smollm2 --file=book.txt --context=1024")
     p.add_argument("--model", required=True, help=MODEL)
@@ -128,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
     p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
     p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
+    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, streaming=4+1020, heavy=512+512, or two of these (paged,int8)")
     p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, 2xv5e-256 (two slices), h100:4x8 (as many devices as the layout names, of no kind in particular)")
     p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
     p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")
@@ -203,9 +249,12 @@ def workdir_of(args: argparse.Namespace) -> pathlib.Path:
     return pathlib.Path(args.workdir) if args.workdir else pathlib.Path("runs", pathlib.Path(args.config.partition(":")[0]).stem)
 
 
+SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "mirostat_tau", "mirostat_eta", "repetition_penalty", "frequency_penalty",
+           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "dtype", "quantize")
+
+
 def knobs(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-                stop=args.stop, seed=args.seed, dtype=args.dtype, quantize=args.quantize)
+    return {name: getattr(args, name) for name in SAMPLED}
 
 
 def on_train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -222,7 +271,8 @@ def on_generate(args: argparse.Namespace, _: list[str]) -> int:
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("give --prompt=TEXT (once or more) or --prompts=FILE.jsonl")
     prompts = args.prompt or run.read_prompts(args.prompts)
-    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, **knobs(args)):
+    grammar = run.read_grammar(json_schema=args.json_schema, regex=args.regex, lark=args.lark, choice=args.choice)
+    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, grammar=grammar, **knobs(args)):
         if args.json or args.prompts:
             print(json.dumps(done, ensure_ascii=False), flush=True)
         else:
@@ -235,6 +285,31 @@ def on_chat(args: argparse.Namespace, _: list[str]) -> int:
     lines = None if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
     run.chat(args.model, system=args.system, lines=lines, **knobs(args))
     return 0
+
+
+def on_serve(args: argparse.Namespace, _: list[str]) -> int:
+    from llmjax import serve
+    memory = None if args.cache_memory is None else in_bytes("cache-memory", args.cache_memory)
+    engine = serve.EngineSettings(args.rows, args.context, memory=memory, chunk=args.chunk, queue=args.queue, share_prefixes=not args.no_prefix_cache)
+    settings = serve.ServerSettings(
+        host=args.host, port=args.port, name=args.name, aliases=tuple(args.alias), api_keys=tuple(args.api_key), api_key_file=args.api_key_file, rate=args.rate, together=args.concurrency,
+        timeout=args.timeout, body=in_bytes("max-body", args.max_body), drain=args.drain, origins=tuple(args.cors_origin), certificate=args.tls_cert, private_key=args.tls_key,
+        tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser, embedding_model=args.embedding_model)
+    return serve.serve(args.model, settings, engine, dtype=args.dtype, tensor=args.tensor, quantize=args.quantize)
+
+
+def in_bytes(option: str, text: str) -> int:
+    """"4G" -> 4294967296. Raises ValueError."""
+    number, unit = text.strip().removesuffix("B").removesuffix("i"), 1
+    if number[-1:].upper() in "KMGT" and number:
+        number, unit = number[:-1], 1024 ** ("KMGT".index(number[-1].upper()) + 1)
+    try:
+        size = int(float(number) * unit)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"--{option}={text}: a size is wanted, as 4G or 800M")
+    return size
 
 
 def on_eval(args: argparse.Namespace, _: list[str]) -> int:
@@ -285,7 +360,7 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     given = [name for name in ("model", "config", "fit") if getattr(args, name)]
     if len(given) != 1:
         raise ValueError("plan needs one of --model=NAME, --config=FILE.py and --fit=DIR")
-    belongs = {"context": "model", "topology": "config", "price": "topology", "mfu": "topology", "search": "topology", "compile": "topology", "dump": "compile"}
+    belongs = {"context": "model", "cache": "model", "topology": "config", "price": "topology", "mfu": "topology", "search": "topology", "compile": "topology", "dump": "compile"}
     for option, owner in belongs.items():
         if getattr(args, option) not in (None, False) and getattr(args, owner) in (None, False):
             raise ValueError(f"--{option} says something about --{owner}, which is not given")
@@ -295,7 +370,7 @@ def on_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")          # a plan asks for no device: it neither waits for an accelerator nor takes one from who is using it
     from llmjax import run
     if args.model:
-        found = run.plan_model(args.model, args.context)
+        found = run.plan_model(args.model, args.context, args.cache)
     elif args.fit:
         found = run.plan_fit(args.fit)
     else:
@@ -316,4 +391,5 @@ def on_show(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "eval": on_eval, "convert": on_convert, "tokenizer": on_tokenizer, "data": on_data, "plan": on_plan, "show": on_show}
+HANDLERS = {"train": on_train, "generate": on_generate, "chat": on_chat, "serve": on_serve, "eval": on_eval, "convert": on_convert,
+            "tokenizer": on_tokenizer, "data": on_data, "plan": on_plan, "show": on_show}

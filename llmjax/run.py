@@ -214,6 +214,25 @@ def read_prompts(file: str | pathlib.Path) -> list[str]:
     return prompts
 
 
+def read_grammar(*, json_schema: str | None = None, regex: str | None = None, lark: str | None = None, choice: list[str] | None = None) -> decode.Constraint | None:
+    """What answers may be, of at most one of: a JSON schema's file, a pattern, a Lark grammar's file, texts."""
+    given = {"--json-schema": json_schema, "--regex": regex, "--lark": lark, "--choice": choice}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)}: an answer follows one of them")
+    for name, file in (("--json-schema", json_schema), ("--lark", lark)):
+        if file is not None and not pathlib.Path(file).is_file():
+            raise FileNotFoundError(f"{name}={file}: there is no such file")
+    if json_schema is not None:
+        try:
+            return decode.JsonSchema(json.loads(pathlib.Path(json_schema).read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--json-schema={json_schema}: not JSON ({error})") from error
+    if lark is not None:
+        return decode.Lark(pathlib.Path(lark).read_text())
+    return decode.Regex(regex) if regex is not None else decode.Choice(choice) if choice is not None else None
+
+
 def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, quantize: str | None = None,
              **knobs: Any) -> Iterator[dict[str, Any]]:
     """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
@@ -350,12 +369,12 @@ def show_model(name: str) -> str:
 
 # plan
 
-def plan_model(name: str, context: int | None = None) -> plan.Report:
+def plan_model(name: str, context: int | None = None, cache: str | None = None) -> plan.Report:
     """Figures of a published size, or of a checkpoint without its weights."""
     known = name in checkpoint.presets.PUBLISHED
     if not known and "/" not in name and not pathlib.Path(name).exists() and name not in checkpoint.fetch.KNOWN and not name.startswith("hf:"):
         checkpoint.presets.published(name)             # raises, naming the nearest
-    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context)
+    return plan.of_model(name, checkpoint.presets.published(name) if known else pretrained.open_checkpoint(pretrained.locate(name))[0], context, cache)
 
 
 def plan_run(config: RunConfig, topology: str | None = None, *, price: float | None = None, mfu: float | None = None, search: bool = False, compile: bool = False,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core.errors import ConfigError, nearest
-from llmjax.decode.generate import Prompt, bucket, padded
+from llmjax.decode.prompts import Prompt, bucket, padded
 from llmjax.models import EncoderDecoder, jit_by_model
 from llmjax.models.heads import first, mean
 

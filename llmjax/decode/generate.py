@@ -5,192 +5,213 @@ Everything here is host-side bookkeeping around decode/steps.py: prompts padded 
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core import ConfigError
-from llmjax.core.model_config import LanguageHead
-from llmjax.decode.prepare import prepared
-from llmjax.decode.sampling import Sampling, make_sampling, row_keys
+from llmjax.decode.constrained import TOGETHER, constrained, draw_masked
+from llmjax.decode.grammar import Constraint, Grammar
+from llmjax.decode.prepare import prepare, prepared
+from llmjax.decode.prompts import Prompt, begun, bucket, padded, token_ids
+from llmjax.decode.rows import Completion, Row
+from llmjax.decode.sampling import Sampling, make_sampling, per_row, row_keys, start_history
+from llmjax.decode.score import score
+from llmjax.decode.speculative import Draft, Drafting, DraftModel, EarlyExit, checked, first_layers, speculated
 from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
-from llmjax.models import Decoder
+from llmjax.decode.stops import Stops, make_stops, stop_in
+from llmjax.decode.text import pieces
+from llmjax.models import Cache, Decoder
 
-Prompt = str | Sequence[int]
 CHECK_EVERY = 16                       # draws between looks for stop strings
 
 
-@dc.dataclass(frozen=True)
-class Completion:
-    """One continuation. ids: new tokens, the end token left out; text: None without a tokenizer; logprobs: of each id under the model's softmax; finish: why it ended."""
-    ids: list[int]
-    text: str | None
-    logprobs: list[float]
-    finish: Literal["end", "stop", "length"]
+def sampling_of(rows: int, stops: Stops, tokenizer: Any, config: Any, knobs: dict[str, Any]) -> Sampling:
+    """Knobs as callers give them -> Sampling. bad_words may hold texts (each as it stands and after a space), dry_sequence_breakers single characters, which stand for all tokens that
+    hold one; with a tokenizer DRY's breakers are llama.cpp's (new line, colon, quote, star) unless said otherwise. Raises ConfigError as make_sampling, and for texts without a tokenizer."""
+    knobs = {"temperature": 0.0, **knobs}
+
+    def texts_in(name):
+        texts = [x for x in knobs.get(name) or () if isinstance(x, str)]
+        if texts and tokenizer is None:
+            raise ConfigError(f"{name}={texts[0]!r} is text and there is no tokenizer: give ids, or a tokenizer")
+        return texts
+    if texts_in("bad_words"):
+        spelled = [tokenizer.encode(form) for text in texts_in("bad_words") for form in (text, " " + text.lstrip())]
+        knobs["bad_words"] = [*(x for x in knobs["bad_words"] if not isinstance(x, str)), *(list(x) for x in dict.fromkeys(map(tuple, spelled)))]
+    if tokenizer is not None and knobs.get("dry_multiplier") is not None and knobs.get("dry_sequence_breakers") is None:
+        knobs["dry_sequence_breakers"] = ["\n", ":", '"', "*"]
+    signs = texts_in("dry_sequence_breakers")
+    if any(len(sign) != 1 for sign in signs):
+        raise ConfigError(f"dry_sequence_breakers={next(s for s in signs if len(s) != 1)!r}: single characters or ids are wanted")
+    if signs:
+        holding = [i for i in range(min(tokenizer.vocab_size, config.vocab_size)) if any(sign.encode() in tokenizer.token_bytes(i) for sign in signs)]
+        knobs["dry_sequence_breakers"] = [*(x for x in knobs["dry_sequence_breakers"] if not isinstance(x, str)), *holding]
+    if knobs.get("min_tokens") is not None:
+        knobs["end_tokens"] = list(stops.tokens)
+    return make_sampling(rows, config.vocab_size, **knobs)
 
 
-def bucket(n: int, smallest: int = 16) -> int:
-    """n rounded up to a length that programs are compiled for: powers of two up to 256, then multiples of 256."""
-    return max(smallest, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 256) * 256
+@dc.dataclass
+class Start:
+    """Prompts that are read: logits [B, V] after them, the cache, and of each row its length, how many tokens it may make, and what a History of it begins with."""
+    logits: jax.Array
+    cache: Cache
+    lengths: np.ndarray
+    limits: np.ndarray
+    told: list[list[int]]
 
 
-def token_ids(prompts: Sequence[Prompt], tokenizer: Any, config: Any) -> list[list[int]]:
-    """Prompts as ids; a text gets the model's begin token where it has one. Raises ConfigError for empty, foreign and over-long prompts, and for a model that does not generate."""
-    if not isinstance(config.head, LanguageHead):
-        raise ConfigError(f"this model's head is a {type(config.head).__name__}: it generates no text; call model.apply for its answer, or llmjax.embed for vectors")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        raise ConfigError("prompts: a list of prompts is wanted, each a text or a list of ids; put this one in a list")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ConfigError(f"prompt {i} is text and there is no tokenizer: pass ids, or a tokenizer")
-            ids = list(tokenizer.encode(prompt, add_special_tokens=True))
-        else:
-            ids = [int(x) for x in prompt]
-        if not ids:
-            raise ConfigError(f"prompt {i} is empty: at least one token is needed")
-        wrong = [x for x in ids if not 0 <= x < config.vocab_size]
-        if wrong:
-            raise ConfigError(f"prompt {i} holds the id {wrong[0]}, the model's vocabulary has {config.vocab_size}")
-        context = (config.encoder or config).context
-        if len(ids) > context:
-            raise ConfigError(f"prompt {i} has {len(ids)} tokens, the model's context is {context}: shorten it")
-        rows.append(ids)
-    return rows
-
-
-@dc.dataclass(frozen=True)
-class Stops:
-    """End tokens, stop strings; stop=None means the model's own end tokens, [] nothing. Texts stop beside the model's own end tokens."""
-    tokens: tuple[int, ...]
-    texts: tuple[str, ...]
-
-
-def make_stops(stop: str | Sequence[str | int] | None, tokenizer: Any, config: Any) -> Stops:
-    if stop is None:
-        return Stops(config.end_tokens, ())
-    items = [stop] if isinstance(stop, str | int) else list(stop)
-    texts = tuple(x for x in items if isinstance(x, str))
-    if any(not t for t in texts):
-        raise ConfigError("stop: an empty text would stop at once; leave it out")
-    if texts and tokenizer is None:
-        raise ConfigError(f"stop={texts[0]!r} is text and there is no tokenizer: give ids, or a tokenizer")
-    known = tokenizer.special_tokens if tokenizer is not None else {}
-    tokens = tuple(int(x) for x in items if not isinstance(x, str)) + tuple(known[t] for t in texts if t in known)
-    texts = tuple(t for t in texts if t not in known)
-    return Stops(tokens + (config.end_tokens if texts else ()), texts)
-
-
-def padded(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, positions, segments [B, length] int32, padded on the right."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    segments = np.zeros((len(rows), length), np.int32)
-    for i, ids in enumerate(rows):
-        tokens[i, :len(ids)], segments[i, :len(ids)] = ids, 1
-    return tokens, np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape), segments
-
-
-def begun(rows: list[list[int]], config: Any) -> list[list[int]]:
-    """What the decoder's tokens begin with: the prompts, or an encoder-decoder's start token. Raises ConfigError where it has none."""
-    if config.encoder is None:
-        return rows
-    if config.decoder_start is None:
-        raise ConfigError("the model's config names no decoder_start_token_id: an encoder-decoder's answer starts from it")
-    return [[config.decoder_start]] * len(rows)
-
-
-def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int) -> Decoding:
-    """Prefills the prompts (those of an encoder-decoder are what its encoder reads), repeats each n times and draws the first tokens."""
+def prefilled(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, n: int, spare: int = 0) -> Start:
+    """Prompts (those of an encoder-decoder are what its encoder reads) fed, each n times; the cache has room for the answers and `spare` tokens more."""
     config, source = model.config, None
     if config.encoder:
         tokens, _, segments = padded(rows, min(bucket(max(map(len, rows))), max(config.encoder.context, max(map(len, rows)))))
         source, rows = (tokens, segments), begun(rows, config)
-    lengths = np.asarray([len(r) for r in rows for _ in range(n)], np.int32)
+    told = [r for r in rows for _ in range(n)]
+    lengths = np.asarray([len(r) for r in told], np.int32)
     limits = np.minimum(max_new_tokens, config.context - lengths + 1)
-    room = bucket(int(limits.max()))
-    length = bucket(max(map(len, rows)))
-    cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + room) // 64) * 64)
-    tokens, positions, segments = padded(rows, min(length, cache.length))
+    cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + bucket(int(limits.max())) + spare) // 64) * 64)
+    tokens, positions, segments = padded(rows, min(bucket(max(map(len, rows))), cache.length))
     logits, cache = prefill(model, params, tokens, positions, segments, cache, source)
     if n > 1:
         logits, cache = jnp.repeat(logits, n, 0), repeat_rows(cache, n)
-    seen = None
-    if sampling.repetition_penalty is not None:
-        seen = np.zeros((len(lengths), config.vocab_size), bool)
-        for i in range(len(lengths)):
-            seen[i, rows[i // n]] = True
-    return begin(logits, cache, lengths, limits, row_keys(seed, len(lengths)), seen, sampling, np.asarray(end_tokens, np.int32), room)
+    return Start(logits, cache, lengths, limits, told)
 
 
-def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, temperature: float | Sequence[float] = 0.0,
-             top_k: int | Sequence[int] | None = None, top_p: float | Sequence[float] | None = None, min_p: float | Sequence[float] | None = None,
-             repetition_penalty: float | Sequence[float] | None = None, stop: str | Sequence[str | int] | None = None, seed: int | Sequence[int] = 0, n: int = 1) -> list[Completion]:
+def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int,
+          alternatives: int = 0) -> Decoding:
+    """Prompts fed, each n times, and the first tokens drawn."""
+    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=n)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    return begin(s.logits, s.cache, s.lengths, s.limits, row_keys(seed, len(s.told)), history, sampling, np.asarray(end_tokens, np.int32), bucket(int(s.limits.max())), alternatives)
+
+
+def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None,
+             seed: int | Sequence[int] = 0, n: int = 1, best_of: int | None = None, scorer: Callable[[Prompt, Completion], float] | None = None, logprobs: int = 0,
+             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, draft: Draft | None = None, **knobs: Any) -> list[Completion]:
     """Continuations of each prompt, n in a row per prompt: [prompt 0 sample 0, prompt 0 sample 1, …].
 
-    prompts: texts, or lists of ids (then tokenizer may be None). Knobs are numbers or one per resulting row; see sampling.Sampling. seed: one number (row i draws from its i-th
-    fold) or one per row; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []: nothing.
-    Generation ends at the model's context at the latest. Raises ConfigError for what cannot be done, naming it.
+    prompts: texts, or lists of ids (then tokenizer may be None). knobs: those of sampling.Sampling, for all, or a list of one per row drawn; texts may stand in bad_words. seed: one
+    number (row i draws from its i-th fold) or one per row drawn; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []:
+    nothing. best_of: so many are drawn per prompt, and the n that score best are given, best first; the score is the mean log-probability, or what scorer(prompt, completion) says.
+    logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. grammar: what answers may be (JsonSchema, Regex, Lark or Choice), for all or one per row
+    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit). Generation ends at the model's context at the latest.
+    Raises ConfigError for what cannot be done, naming it.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
-        if not isinstance(value, int) or value < 1:
+    for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("best_of", n if best_of is None else best_of)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r}: a whole number from 1 is wanted")
+    if isinstance(logprobs, bool) or not isinstance(logprobs, int) or not 0 <= logprobs <= model.config.vocab_size:
+        raise ConfigError(f"logprobs={logprobs!r}: a whole number from 0 to the vocabulary's {model.config.vocab_size} is wanted")
+    drawn = n if best_of is None else best_of
+    if drawn < n:
+        raise ConfigError(f"best_of={best_of}: n={n} of them are wanted; draw as many at least")
+    if scorer is not None and best_of is None:
+        raise ConfigError("scorer says something about best_of, which is not given")
     rows = token_ids(prompts, tokenizer, model.config)
     if not rows:
         return []
-    told = begun(rows, model.config)
+    told = [ids for ids in begun(rows, model.config) for _ in range(drawn)]
     stops = make_stops(stop, tokenizer, model.config)
-    sampling = make_sampling(len(rows) * n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    sampling = sampling_of(len(told), stops, tokenizer, model.config, knobs)
+    grammars = grammars_of(grammar, len(told), tokenizer, model.config)
+    if any(grammars) and sampling.min_tokens is not None:
+        raise ConfigError("min_tokens and grammar contradict each other: a grammar says when its answer ends")
+    each = [dc.replace(stops, least=least or 0, tokens=(*stops.tokens, *(g.end_tokens if g else ()))) for g, least in zip(grammars, per_row("min_tokens", knobs.get("min_tokens"), len(told), 0))]
+    if draft is not None and any(grammars):
+        raise ConfigError("draft and grammar do not go together yet: leave one out")
+    draft = None if draft is None else checked(draft, model)
     model, params = prepared(model, params)
-    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=n)
-    end = np.asarray(stops.tokens, np.int32)
-    if not stops.texts:
-        state = loop(model, params, state, sampling, end, np.int32(max_new_tokens))
+    if any(grammars) or draft is not None:
+        grown = [Row(prompt, mine, 0) for prompt, mine in zip(told, each)]
+        knobs = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)
+        steps: Iterator = constrain(model, params, rows, grown, grammars, **knobs) if draft is None else speculate(model, params, rows, grown, draft, **knobs)
+        for count, _ in enumerate(steps, 1):
+            if stops.texts and count % CHECK_EVERY == 0:
+                for row in grown:
+                    row.end_at_text(tokenizer)
+        found = [row.completion(tokenizer) for row in grown]
     else:
-        while not bool(np.all(state.done)):
-            state = loop(model, params, state, sampling, end, np.int32(int(state.count) + CHECK_EVERY))
-            hit = [find_stop(new_text(tokenizer, told[i // n], ids), stops.texts) is not None for i, ids in enumerate(made(state, stops.tokens))]
-            state = dc.replace(state, done=state.done | jnp.asarray(hit))
-    limits = np.asarray(state.limits)
-    found = zip(made(state, stops.tokens), np.asarray(state.logprobs), np.asarray(state.tokens), limits)
-    return [finished(told[i // n], ids, logprobs, tokens, int(limit), tokenizer, stops) for i, (ids, logprobs, tokens, limit) in enumerate(found)]
+        found = [row.completion(tokenizer) for row in looped(model, params, tokenizer, rows, told, each, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)]
+    if best_of is not None:
+        found = [c for i in range(len(rows)) for c in ranked(prompts[i], found[i * drawn:(i + 1) * drawn], scorer)[:n]]
+    if prompt_logprobs:
+        scores = [s for s in score(model, params, None, rows, alternatives=logprobs) for _ in range(n)]
+        found = [dc.replace(c, prompt_logprobs=s.logprobs, prompt_alternatives=s.alternatives) for c, s in zip(found, scores)]
+    return found
 
 
-def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of new ids as a continuation of the prompt's (SentencePiece keeps its first space then), special tokens left out."""
-    pieces = tokenizer.stream(skip_special_tokens=True, after=prompt)
-    return "".join([*(pieces.push(i) for i in ids if i < tokenizer.vocab_size), pieces.flush()])       # a model's table may have rows its tokenizer has no token for
+def ranked(prompt: Prompt, found: list[Completion], scorer: Callable[[Prompt, Completion], float] | None) -> list[Completion]:
+    """Completions of one prompt, those that score best first."""
+    if scorer is not None:
+        found = [dc.replace(c, score=float(scorer(prompt, c))) for c in found]
+    return sorted(found, key=lambda c: -c.score)
 
 
-def made(state: Decoding, end_tokens: Sequence[int]) -> list[list[int]]:
-    """The new ids of each row so far, up to its end token or limit."""
-    tokens, count, limits = np.asarray(state.tokens), int(state.count), np.asarray(state.limits)
-    return [until_end(row[:min(count, limit)].tolist(), end_tokens) for row, limit in zip(tokens, limits)]
+def looped(model: Decoder, params: Any, tokenizer: Any, rows: list[list[int]], told: list[list[int]], stops: list[Stops], *, max_new_tokens: int, sampling: Sampling, **rest: Any) -> list[Row]:
+    """Rows drawn on the device alone, which comes back to the host for stop strings only."""
+    ends, texts = stops[0].tokens, stops[0].texts
+    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=ends, **rest)
+    while True:
+        until = int(state.count) + CHECK_EVERY if texts else max_new_tokens
+        state = loop(model, params, state, sampling, np.asarray(ends, np.int32), np.int32(until))
+        tokens, logprobs, limits, done, others = jax.device_get((state.tokens, state.logprobs, state.limits, state.done, state.alternatives))
+        made = [Row(prompt, mine, int(limit)) for prompt, mine, limit in zip(told, stops, limits)]
+        for i, row in enumerate(made):
+            row.take(tokens[i, :int(state.count)].tolist(), logprobs[i], None if others is None else (others[0][i], others[1][i]))
+        if done.all():
+            return made
+        hit = [stop_in(tokenizer, row.prompt, row.ids, row.stops) is not None for row in made]
+        state = dc.replace(state, done=state.done | jnp.asarray(hit))
+        if (done | np.asarray(hit)).all():
+            return made
 
 
-def until_end(ids: list[int], end_tokens: Sequence[int]) -> list[int]:
-    for i, x in enumerate(ids):
-        if x in end_tokens:
-            return ids[:i]
-    return ids
+def grammars_of(grammar: Constraint | Sequence[Constraint | None] | None, rows: int, tokenizer: Any, config: Any) -> list[Grammar | None]:
+    """One constraint for all rows, or one each, compiled once each."""
+    each: list[Any] = list(grammar) if isinstance(grammar, list | tuple) else [grammar] * rows
+    if len(each) != rows:
+        raise ConfigError(f"grammar: {len(each)} grammars for {rows} rows; give one, or one per row")
+    known = {id(g): None if g is None else Grammar(g, tokenizer, config.vocab_size, config.end_tokens) for g in each}
+    return [known[id(g)] for g in each]
 
 
-def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins, or None."""
-    places = [i for i in (text.find(s) for s in stops) if i >= 0]
-    return min(places) if places else None
+def constrain(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], grammars: list[Grammar | None], *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
+              alternatives: int = 0) -> Iterator[None]:
+    """`constrained` from the prompts on: fills `rows`."""
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=TOGETHER)
+    for row, limit in zip(rows, s.limits):
+        row.limit = int(limit)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    matchers = [g.matcher() if g else None for g in grammars]
+    return constrained(model, params, s.logits, s.cache, rows, matchers, sampling, row_keys(seed, len(rows)), history, alternatives)
 
 
-def finished(prompt: list[int], ids: list[int], logprobs: np.ndarray, tokens: np.ndarray, limit: int, tokenizer: Any, stops: Stops) -> Completion:
-    text = None if tokenizer is None else new_text(tokenizer, prompt, ids)
-    finish: Literal["end", "stop", "length"] = "end" if len(ids) < min(limit, len(tokens)) and tokens[len(ids)] in stops.tokens else "length"
-    at = None if text is None else find_stop(text, stops.texts)
-    if at is not None:
-        keep = next(i for i in range(1, len(ids) + 1) if find_stop(new_text(tokenizer, prompt, ids[:i]), stops.texts) is not None)
-        ids, text, finish = ids[:keep], text[:at], "stop"       # type: ignore[index]
-    return Completion(ids, text, [float(x) for x in logprobs[:len(ids)]], finish)
+def speculate(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], draft: Draft, *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
+              alternatives: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """`speculated` from the prompts on: fills `rows`."""
+    side = Drafting(draft, None, None, None)
+    if isinstance(draft, DraftModel):
+        side = Drafting(draft, *prepare(draft.model, draft.params), None)
+    elif isinstance(draft, EarlyExit):
+        side = Drafting(draft, *first_layers(model, params, draft.layers), None)
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=draft.tokens + 1)
+    if side.model is not None:
+        side.cache = prefilled(side.model, side.params, prompts, max_new_tokens=max_new_tokens, n=n, spare=2 * draft.tokens + 2).cache
+    for row, limit in zip(rows, s.limits):
+        row.limit = int(limit)
+    keys, history = row_keys(seed, len(rows)), start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    active = np.ones(len(rows), bool)
+    tokens, logprobs, others, history = draw_masked(s.logits, sampling, keys, s.lengths, history, None, active, alternatives)
+    tokens, logprobs, others = jax.device_get((tokens, logprobs, others))
+    for i, row in enumerate(rows):
+        row.take(tokens[i:i + 1].tolist(), logprobs[i:i + 1], None if others is None else (others[0][i:i + 1], others[1][i:i + 1]))
+    sources = [(prompts[i // n] if model.config.encoder else []) + row.prompt for i, row in enumerate(rows)]
+    return speculated(model, params, s.cache, rows, sources, side, sampling, keys, history, alternatives)
 
 
 def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, n: int = 1, **knobs: Any) -> list:
@@ -200,14 +221,29 @@ def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     return each if n == 1 else [each[i:i + n] for i in range(0, len(each), n)]
 
 
-def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None, seed: int = 0,
-           **knobs: Any) -> Iterator[str]:
+def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None, seed: int | Sequence[int] = 0,
+           grammar: Constraint | None = None, **knobs: Any) -> Iterator[str]:
     """One prompt's continuation in pieces of whole characters; text that may be the beginning of a stop string is held back until it is clear. Knobs as in `complete`."""
     rows = token_ids([prompt], tokenizer, model.config)
-    stops, sampling = make_stops(stop, tokenizer, model.config), make_sampling(1, **{"temperature": 0.0, **knobs})
+    stops = dc.replace(make_stops(stop, tokenizer, model.config), least=knobs.get("min_tokens") or 0)
+    sampling = sampling_of(1, stops, tokenizer, model.config, knobs)
+    told, made = begun(rows, model.config)[0], grammars_of(grammar, 1, tokenizer, model.config)
     model, params = prepared(model, params)
-    state = start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1)
-    yield from pieces(token_stream(model, params, state, sampling, stops), tokenizer, stops, begun(rows, model.config)[0])
+    if made[0] is not None:
+        row = Row(told, dc.replace(stops, tokens=(*stops.tokens, *made[0].end_tokens)), 0)
+        ids = new_ids(row, constrain(model, params, rows, [row], made, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=1))
+    else:
+        ids = token_stream(model, params, start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1), sampling, stops)
+    yield from pieces(ids, tokenizer, stops, told)
+
+
+def new_ids(row: Row, steps: Iterator[None]) -> Iterator[int]:
+    """The ids of a row as its steps make them, without its end token."""
+    given = 0
+    for _ in steps:
+        new, given = row.ids[given:], len(row.ids)
+        yield from (x for x in new if x not in row.stops.tokens)
+    yield from (x for x in row.ids[given:] if x not in row.stops.tokens)
 
 
 def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Sampling, stops: Stops, keep: list | None = None) -> Iterator[int]:
@@ -224,22 +260,3 @@ def token_stream(model: Decoder, params: Any, state: Decoding, sampling: Samplin
         if done:
             return
         state = loop(model, params, state, sampling, end, np.int32(count + 1))
-
-
-def pieces(ids: Iterator[int], tokenizer: Any, stops: Stops, prompt: Sequence[int]) -> Iterator[str]:
-    """Ids as text that continues the prompt's and never holds half a character nor any part of a stop string."""
-    detokenizer, held = tokenizer.stream(skip_special_tokens=True, after=prompt), ""
-    for token in ids:
-        held += detokenizer.push(token) if token < tokenizer.vocab_size else ""
-        at = find_stop(held, stops.texts)
-        if at is not None:
-            if held[:at]:
-                yield held[:at]
-            return
-        wait = max((k for s in stops.texts for k in range(1, min(len(s), len(held) + 1)) if held.endswith(s[:k])), default=0)
-        ready, held = held[:len(held) - wait], held[len(held) - wait:]
-        if ready:
-            yield ready
-    held += detokenizer.flush()
-    if held:
-        yield held

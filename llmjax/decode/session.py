@@ -1,7 +1,12 @@
 """A conversation whose history stays in the cache: a further turn costs its own tokens, not the whole conversation's."""
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
+import functools
+import hashlib
+import json
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,28 +14,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core import ConfigError
-from llmjax.decode.generate import bucket, make_stops, pieces, token_stream
-from llmjax.decode.prepare import prepare
-from llmjax.decode.sampling import make_sampling, row_keys
+from llmjax.checkpoint import safetensors_file
+from llmjax.checkpoint.table import Export
+from llmjax.core import CheckpointError, ConfigError
+from llmjax.decode.generate import sampling_of, token_stream
+from llmjax.decode.prepare import prepared
+from llmjax.decode.prompts import bucket
+from llmjax.decode.sampling import row_keys, start_history
 from llmjax.decode.steps import begin, can_rewind, grow, init_cache, prefill, rewind
+from llmjax.decode.stops import make_stops
+from llmjax.decode.text import pieces
 from llmjax.models import Decoder
 
 Message = dict[str, str]
+FORMAT = "llmjax conversation 1"
+ABOUT = "about"                        # the tensor that holds all but the cache, as JSON
 FIRST = 512                            # slots a conversation starts with; doubled as it grows
 
 
 class Session:
     """One conversation with a model. `messages` is what was said; `ids` are the tokens the cache holds; `fed` counts tokens computed for prompts so far."""
 
-    def __init__(self, model: Decoder, params: Any, tokenizer: Any, *, length: int | None = None, system: str | None = None):
-        """length: how long the conversation may get (the model's context unless given); the cache grows as it does. Raises ConfigError without a chat template."""
+    def __init__(self, model: Decoder, params: Any, tokenizer: Any, *, length: int | None = None, system: str | None = None, dtype: Any = None):
+        """length: how long the conversation may get (the model's context unless given); the cache grows as it does. dtype: what it is kept in, as in init_cache. Raises ConfigError without
+        a chat template."""
         if tokenizer is None or not tokenizer.chat_template:
             raise ConfigError("this model has no chat template: use `generate` with a plain prompt, or a tokenizer with a template")
-        self.model, self.params = prepare(model, params)
+        self.model, self.params = prepared(model, params)
         self.tokenizer = tokenizer
         self.length = min(length or model.config.context, model.config.context)
-        self.cache = init_cache(self.model, 1, min(FIRST, self.length))
+        self.dtype = dtype
+        self.cache = init_cache(self.model, 1, min(FIRST, self.length), dtype)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.ids: list[int] = []
         self.fed = 0
@@ -38,7 +52,50 @@ class Session:
     def reset(self) -> None:
         """Forgets the conversation but for a system message."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-        self.ids, self.cache = [], init_cache(self.model, 1, min(FIRST, self.length))
+        self.ids, self.cache = [], init_cache(self.model, 1, min(FIRST, self.length), self.dtype)
+
+    def fork(self) -> Session:
+        """A second conversation with the same past; neither changes the other. Costs a copy of the cache. Raises ConfigError while an answer is being made."""
+        self.check_idle("fork")
+        other = copy.copy(self)
+        other.cache, other.messages, other.ids = jax.tree.map(jnp.copy, self.cache), list(self.messages), list(self.ids)
+        return other
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """The conversation with its cache as one safetensors file, for `Session.load`. Raises ConfigError while an answer is being made."""
+        self.check_idle("save")
+        path = pathlib.Path(path)
+        told = dict(format=FORMAT, model=fingerprint(self.model, self.params), messages=self.messages, ids=self.ids, fed=self.fed, length=self.length, size=self.cache.length,
+                    empty=self.cache.empty, dtype=None if self.dtype is None else str(self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype)))
+        arrays = {ABOUT: np.frombuffer(json.dumps(told).encode(), np.uint8)} | {f"cache/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(self.cache))}
+        part = path.with_name(path.name + ".part")
+        safetensors_file.write_file(part, [Export(name, x.shape, x.dtype, functools.partial(np.asarray, x)) for name, x in arrays.items()])
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, model: Decoder, params: Any, tokenizer: Any) -> Session:
+        """A conversation that `save` wrote, with the model it was had with; nothing of it is computed again. Raises FileNotFoundError, and CheckpointError for another model or another
+        kind of file."""
+        path = pathlib.Path(path)
+        source = safetensors_file.SafeTensors([path], str(path))
+        told = json.loads(source.read(ABOUT).tobytes()) if ABOUT in source.shapes else {}
+        if told.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: this is no conversation that Session.save wrote")
+        session = cls(model, params, tokenizer, length=told["length"], dtype=told["dtype"])
+        if told["model"] != fingerprint(session.model, session.params):
+            raise CheckpointError(f"{path}: the conversation was had with another model, other weights or another form of them; begin a Session and set its messages to go on")
+        like = dc.replace(init_cache(session.model, 1, told["size"], told["dtype"]), empty=told["empty"])
+        leaves, tree = jax.tree.flatten(like)
+        arrays = [source.read(f"cache/{i}") for i in range(len(leaves))]
+        if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(arrays, leaves)):
+            raise CheckpointError(f"{path}: its cache is of another form; begin a Session and set its messages to go on")
+        session.cache, session.messages, session.ids, session.fed = jax.tree.unflatten(tree, map(jnp.asarray, arrays)), told["messages"], told["ids"], told["fed"]
+        return session
+
+    def check_idle(self, what: str) -> None:
+        """Raises ConfigError while the cache is in the hands of an answer that is being made."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self.cache)):
+            raise ConfigError(f"{what}: an answer is being made; take all of its pieces, or close its iterator, first")
 
     def say(self, text: str, *, max_new_tokens: int = 512, stop: str | Sequence[str | int] | None = None, seed: int = 0, **knobs: Any) -> Iterator[str]:
         """The user's turn -> the answer in pieces as it comes. Both join the history when the answer ends (an answer that is abandoned stays as far as it came).
@@ -49,11 +106,10 @@ class Session:
             raise ConfigError(f"the conversation has {len(ids)} tokens, there is room for {self.length}: start a new one (/reset), or give more length")
         limit = min(max_new_tokens, self.length - len(ids))
         logits = self.feed(ids, len(ids) + limit)
-        stops, sampling = make_stops(stop, self.tokenizer, self.model.config), make_sampling(1, **{"temperature": 0.0, **knobs})
-        seen = None
-        if sampling.repetition_penalty is not None:
-            seen = jnp.zeros((1, self.model.config.vocab_size), bool).at[0, jnp.asarray(ids)].set(True)
-        state = begin(logits, self.cache, np.asarray([len(ids)], np.int32), np.asarray([limit], np.int32), row_keys(seed, 1), seen, sampling,
+        stops = dc.replace(make_stops(stop, self.tokenizer, self.model.config), least=knobs.get("min_tokens") or 0)
+        sampling = sampling_of(1, stops, self.tokenizer, self.model.config, knobs)
+        history = start_history(sampling, self.model.config.vocab_size, [ids], length=self.length)
+        state = begin(logits, self.cache, np.asarray([len(ids)], np.int32), np.asarray([limit], np.int32), row_keys(seed, 1), history, sampling,
                       np.asarray(stops.tokens, np.int32), bucket(limit))
         kept, answer = [state], []
         try:
@@ -79,7 +135,7 @@ class Session:
             if can_rewind(self.cache):
                 self.cache = rewind(self.cache, jnp.asarray([same], jnp.int32))
             else:
-                self.cache, same = init_cache(self.model, 1, self.cache.length), 0
+                self.cache, same = init_cache(self.model, 1, self.cache.length, self.dtype), 0
         new = ids[same:]
         self.fed += len(new)
         size = bucket(len(new))
@@ -91,3 +147,11 @@ class Session:
         logits, self.cache = prefill(self.model, self.params, tokens, positions, segments, cache)
         self.ids = ids
         return logits
+
+
+def fingerprint(model: Decoder, params: Any) -> str:
+    """Tells models apart by their configuration and by a few numbers of every weight: a cache is of use to the weights that made it alone."""
+    found = hashlib.sha256(repr(model.config).encode())
+    for x in jax.tree.leaves(params):
+        found.update(np.asarray(x[(0,) * (x.ndim - 1)][:8] if x.ndim else x).tobytes())
+    return found.hexdigest()

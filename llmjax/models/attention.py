@@ -18,11 +18,17 @@ from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, platfo
 from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
-from llmjax.models.cache import KeyValue, Plan, remember
+from llmjax.kernels.attention.stored import decode, encode, turn
+from llmjax.models import rope as rotary
+from llmjax.models.cache import Heavy, KeyValue, Plan, Pool, Sinks, remember
 from llmjax.models.context import Context, Seen
+from llmjax.models.evicting import hit, stream
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
+from llmjax.models.paged import InPages, write
 from llmjax.models.relative import disentangled
+
+Kept = KeyValue | Pool | Sinks | Heavy | None
 
 
 class MultiHeadAttention(Module):
@@ -33,29 +39,56 @@ class MultiHeadAttention(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None] | tuple[jax.Array, KeyValue | None, Seen]:
+    def __call__(self, x: jax.Array, context: Context, stored: Kept) -> tuple[jax.Array, Kept] | tuple[jax.Array, Kept, Seen | InPages]:
         a = self.spec
         names = ("q",) if a.borrows else ("q", "k") if a.shared_kv else ("q", "k", "v")
         q, *kv = (y if a.clip is None else jnp.clip(y, -a.clip, a.clip) for y in self.projected(x, *names))
-        q = self.turned("q_norm", q, context)
-        if a.temperature:
-            q = q * sharpening(a.temperature, context.places(q.shape[1])).astype(q.dtype)
-        q = constrain(q, "batch length heads .", self.layout.rules)
         sinks = vector(self, "sinks", "heads", (a.heads,)) if a.sinks else None
+        if isinstance(stored, Sinks | Heavy):
+            y, stored = self.over_kept(q, kv, context, stored, sinks)
+            return self.output(self.gated(y, x), x.shape[-1]), stored
+        q = self.sharpened(self.turned("q_norm", q, context), context.places(q.shape[1]))
+        q = constrain(q, "batch length heads .", self.layout.rules)
         if a.borrows:
             seen, bias = context.lent[a.borrows], None
         else:
-            k, v = self.turned("k_norm", kv[0], context), kv[-1] if a.v_norm is None else Normalize(a.v_norm, self.compute, name="v_norm")(kv[-1])
+            k, v = self.turned("k_norm", kv[0], context), self.values(kv[-1])
             k, v = (constrain(y, "batch length kv_heads .", self.layout.rules) for y in (k, v))
             bias = self.position_bias(q, k, context)
+            k = turn(k) if context.turned else k
             seen, stored = look(k, v, context, stored, None if a.globals else a.window)
         with jax.named_scope("attend"):
+            q = turn(q) if context.turned else q
             y = attend(q, seen, context, a, scale=self.scale(), sinks=sinks, bias=bias, slopes=None if a.alibi is None else slopes(a.alibi, a.heads),
                        compute=self.compute, layout=self.layout)
-        if a.gate:
-            y = y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype)
-        y = self.output(y, x.shape[-1])
+        y = self.output(self.gated(y, x), x.shape[-1])
         return (y, stored, seen) if a.lends else (y, stored)
+
+    def over_kept(self, q: jax.Array, kv: list[jax.Array], context: Context, stored: Sinks | Heavy, sinks: jax.Array | None) -> tuple[jax.Array, Sinks | Heavy]:
+        """Attention over a cache that gives keys up. q [B, T, N, H], kv: keys and values [B, T, K, H] as they were projected."""
+        a, where, v = self.spec, context.eviction, self.values(kv[-1])
+        assert where is not None
+        settings: dict[str, Any] = dict(softcap=a.softcap, scale=self.scale(), sinks=sinks, slopes=None if a.alibi is None else slopes(a.alibi, a.heads))
+        with jax.named_scope("attend"):
+            if isinstance(stored, Heavy):
+                q, k = self.turned("q_norm", q, context), self.turned("k_norm", kv[0], context)
+                return hit(self.sharpened(q, context.places(q.shape[1])), k, v, stored, where, **settings)
+            q, k = (self.normalized(name, x) if a.qk_norm else x for name, x in (("q_norm", q), ("k_norm", kv[0])))
+
+            def rotate(x, places):
+                return x if a.rope is None else rotary.rotate(x, rotary.tables(a.rope, a.head_dim, places), a.rope)
+            return stream(self.sharpened(q, where.capped), k, v, stored, where, rotate, **settings)
+
+    def sharpened(self, q: jax.Array, places: jax.Array) -> jax.Array:
+        """Queries at places [B, T] times the layer's temperature, where it has one."""
+        return q * sharpening(self.spec.temperature, places).astype(q.dtype) if self.spec.temperature else q
+
+    def values(self, v: jax.Array) -> jax.Array:
+        return v if self.spec.v_norm is None else Normalize(self.spec.v_norm, self.compute, name="v_norm")(v)
+
+    def gated(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """What heads answer, [B, T, N, H], times the gate that x [B, T, D] opens, where the layer has one."""
+        return y * jax.nn.sigmoid(self.projected(x, "gate")[0].astype(jnp.float32)).astype(y.dtype) if self.spec.gate else y
 
     def turned(self, name: str, x: jax.Array, context: Context) -> jax.Array:
         """Queries or keys, rotated, and normed before or after that where the layer norms them."""
@@ -109,12 +142,12 @@ class CrossAttention(MultiHeadAttention):
     """x [B, T, D] attends to an encoder's output: context.source [B, S, D], or its keys and values in the cache -> ([B, T, D], those keys and values)."""
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(self, x: jax.Array, context: Context, stored: Kept) -> tuple[jax.Array, KeyValue]:
         q, = self.projected(x, "q")
         if context.source is not None:
             stored = KeyValue(*self.projected(context.source, "k", "v", axis="source"))
-        assert stored is not None
-        k, v = stored.k.astype(q.dtype), stored.v.astype(q.dtype)
+        assert isinstance(stored, KeyValue)
+        k, v = (decode(x, q.dtype).astype(q.dtype) for x in (stored.k, stored.v))
         mine = jnp.ones(q.shape[:2], jnp.int32) if context.segments is None and context.source_segments is not None else context.segments
         with jax.named_scope("attend"):
             own = dc.replace(context, positions=None, prefix=None, segments=mine)
@@ -136,26 +169,38 @@ def slopes(spec: Alibi, heads: int) -> jax.Array:
     return (values.astype(jnp.bfloat16).astype(jnp.float32) if spec.rounded else values) * spec.scale
 
 
-def look(k: jax.Array, v: jax.Array, context: Context, stored: KeyValue | None, window: int | None) -> tuple[Seen, KeyValue | None]:
+def look(k: jax.Array, v: jax.Array, context: Context, stored: Kept, window: int | None) -> tuple[Seen | InPages, Kept]:
     """-> (what this call's queries may look at, the layer's cache with k and v in it): the call's own keys, or the cache's, or (a ring that this call would overwrite) both."""
     mine = Seen(k, v, context.positions, context.segments, True)
     if stored is None:
         return mine, None
+    if isinstance(stored, Pool):
+        assert context.paging is not None
+        stored = write(stored, k, v, context.paging.index)
+        return InPages(stored.k, stored.v), stored
+    assert isinstance(stored, KeyValue)
     place: Plan = context.plans[stored.k.shape[1]]
     old, stored = stored, remember(stored, k, v, place)
     if context.empty and k.shape[1] > 1:
         return mine, stored
     if k.shape[1] == 1 or not window or old.k.shape[1] > window:
-        return Seen(stored.k, stored.v, place.after.positions, place.after.segments, False), stored
+        return Seen(decode(stored.k, k.dtype), decode(stored.v, v.dtype), place.after.positions, place.after.segments, False), stored
     segments = jnp.ones(k.shape[:2], jnp.int32) if context.segments is None else context.segments
-    pairs: tuple[Any, ...] = ((old.k, k), (old.v, v), (place.before.positions, context.positions), (place.before.segments, segments))
+    past = ((decode(x, y.dtype), decode(encode(x, y), y.dtype)) for x, y in ((old.k, k), (old.v, v)))          # what is kept in 8 bits is seen so, wherever it stands
+    pairs: tuple[Any, ...] = (*past, (place.before.positions, context.positions), (place.before.segments, segments))
     keys, values, positions, known = (jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs)
     return Seen(keys, values, positions, known, False), stored
 
 
-def attend(q: jax.Array, seen: Seen, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout,
+def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention | LatentAttention, *, scale: float, compute: Compute, layout: Layout,
            sinks: jax.Array | None = None, slopes: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H] over what it sees -> [B, T, N, Hv], by the implementation that `Compute.attention` means here, on each device's own rows and heads where the mesh divides them."""
+    if isinstance(seen, InPages):
+        assert context.paging is not None
+        newest = context.reach(q.shape[1])
+        assert newest is not None
+        rule = kernels.Rule(chunk=spec.window) if spec.chunked else kernels.Rule(spec.window, globals=spec.globals)
+        return kernels.paged(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)

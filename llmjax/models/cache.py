@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, LinearAttention, Mixer, ModelConfig, Recurrent
+from llmjax.kernels.attention import stored as storage
+from llmjax.kernels.attention.stored import Int4, Stored
 
 
 @register_dataclass
@@ -29,8 +32,34 @@ class Slots:
 @dc.dataclass(frozen=True)
 class KeyValue:
     """k [B, S, K, H], v [B, S, K, Hv]; with a leading [repeats] axis in a scanned cycle. Latent attention keeps its latents and the shared rotated key as k, and no v (Hv = 0)."""
+    k: Stored
+    v: Stored
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Pool:
+    """Keys and values of all rows in pages: k [P, page, K, H], v [P, page, K, Hv]; with a leading [repeats] axis in a scanned cycle. `Cache.table` says which page holds what."""
+    k: Stored
+    v: Stored
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Sinks:
+    """Keys, not rotated, and values of a streaming cache (models/evicting.py): k [B, S, K, H], v [B, S, K, Hv], the first slots the text's first tokens, the others a ring."""
     k: jax.Array
     v: jax.Array
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Heavy:
+    """Keys and values of a heavy-hitter cache: k [B, S, K, H], v [B, S, K, Hv]; positions [B, S, K] int32 (-1: nothing) and mass [B, S, K] float32, the attention each has received so far."""
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    mass: jax.Array
 
 
 @register_dataclass
@@ -43,7 +72,7 @@ class State:
     recent: tuple[jax.Array, jax.Array] | None = None
 
 
-Own = KeyValue | State | None      # None: of a layer that borrows what another keeps
+Own = KeyValue | Pool | Sinks | Heavy | State | None      # None: of a layer that borrows what another keeps
 
 
 @register_dataclass
@@ -61,16 +90,31 @@ Entry = Own | WithSource
 @dc.dataclass(frozen=True)
 class Cache:
     """layers: {"prefix": (KeyValue, State or WithSource, …), "cycle": …, "suffix": …}; slots: {S: Slots}. `empty` (static) says that nothing was written yet, so a first chunk sees itself
-    alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call."""
+    alone. source: segments [B, length of the encoder's tokens] of an encoder-decoder, None before its first call.
+
+    A paged cache (models/paged.py) has no slots but a table [B, W] int32 and `page` (static), how many positions stand in a page. An evicting one (models/evicting.py) has a `policy`
+    (static), slots for its rings alone, and a streaming one in `kept` those of all its other layers."""
     layers: dict[str, tuple[Entry, ...]]
     slots: dict[int, Slots]
     empty: bool = dc.field(default=False, metadata=dict(static=True))
     source: jax.Array | None = None
+    table: jax.Array | None = None
+    page: int | None = dc.field(default=None, metadata=dict(static=True))
+    kept: Slots | None = None
+    policy: Any = dc.field(default=None, metadata=dict(static=True))
 
     @property
     def length(self) -> int:
-        """How many positions fit."""
-        return max(self.slots)
+        """How many positions fit (of an evicting cache: are held)."""
+        if self.policy is not None:
+            return self.policy.size
+        return max(self.slots) if self.page is None or self.table is None else self.page * self.table.shape[1]
+
+    @property
+    def turned(self) -> bool:
+        """Whether keys are kept turned (kernels/attention/stored.py), which queries then have to be too."""
+        own = (kept.own if isinstance(kept, WithSource) else kept for part in self.layers.values() for kept in part)
+        return any(isinstance(kept, KeyValue | Pool) and isinstance(kept.k, Int4) for kept in own)
 
 
 @register_dataclass
@@ -94,8 +138,9 @@ def sizes_of(config: ModelConfig, length: int, old: int | None = None) -> dict[i
     return {slots_of(x.mixer, length): slots_of(x.mixer, old) for x in config.layers if not isinstance(x.mixer, Recurrent)} | {length: old}
 
 
-def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any) -> Own:
-    """What a layer remembers before its first token; `lead` are the axes before its own: rows, and repeats before them in a cycle."""
+def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any, kind: Any = None) -> Own:
+    """What a layer remembers before its first token; `lead` are the axes before its own: rows, and repeats before them in a cycle. kind: what keys and values are kept in, a dtype (None:
+    `dtype`) or one of stored.QUANTIZED. Raises ConfigError where a head's numbers do not go in that."""
     segment = jnp.zeros(lead, jnp.int32)
     if isinstance(mixer, GatedDelta):
         shape = (*lead, mixer.width - 1)
@@ -106,13 +151,17 @@ def empty_entry(mixer: Mixer, lead: tuple[int, ...], length: int, dtype: Any) ->
     if isinstance(mixer, LinearAttention):
         return State(jnp.zeros((*lead, mixer.kv_heads, mixer.head_dim, mixer.head_dim + 1), jnp.float32), segment)
     widths = (mixer.latent + mixer.rope_dim, 0) if isinstance(mixer, LatentAttention) else (mixer.head_dim, mixer.head_dim)
-    return KeyValue(*(jnp.zeros((*lead, slots_of(mixer, length), mixer.kv_heads, width), dtype) for width in widths))
+    try:
+        kinds = storage.QUANTIZED.get(kind, (kind or dtype,) * 2)
+        return KeyValue(*(storage.empty((*lead, slots_of(mixer, length), mixer.kv_heads, width), k) for width, k in zip(widths, kinds)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """An empty cache for `length` positions of `batch` rows."""
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any, kind: Any = None) -> Cache:
+    """An empty cache for `length` positions of `batch` rows; dtype and kind: see empty_entry."""
     def one(layer, *lead):
-        own = empty_entry(layer.mixer, (*lead, batch), length, dtype)
+        own = empty_entry(layer.mixer, (*lead, batch), length, dtype, kind)
         return WithSource(own, None) if layer.cross else own
     layers = {"prefix": tuple(one(x) for x in config.prefix), "cycle": tuple(one(x, config.repeats) for x in config.cycle), "suffix": tuple(one(x) for x in config.suffix)}
     return Cache(layers, {s: Slots(jnp.zeros((batch, s), jnp.int32), jnp.zeros((batch, s), jnp.int32)) for s in sorted(sizes_of(config, length))}, empty=True)
@@ -157,12 +206,15 @@ def plan(slots: Slots, positions: jax.Array, segments: jax.Array) -> Plan:
 def remember(stored: KeyValue, k: jax.Array, v: jax.Array, where: Plan) -> KeyValue:
     """The layer's keys and values with this call's k, v [B, T, K, H] written."""
     rows = jnp.arange(k.shape[0])[:, None]
+    put: Any
     if k.shape[:2] == (1, 1):          # one token of one row: a slice update, which every backend does in place
         slot = where.index[0, 0]
         at = (0, jnp.minimum(slot, stored.k.shape[1] - 1), 0, 0)
 
         def put(old, new):
-            new = jnp.where(slot < old.shape[1], new.astype(old.dtype), jax.lax.dynamic_slice(old, at, new.shape))
+            new = jnp.where(slot < old.shape[1], new, jax.lax.dynamic_slice(old, at, new.shape))
             return jax.lax.dynamic_update_slice(old, new, at)
-        return KeyValue(put(stored.k, k), put(stored.v, v))
-    return KeyValue(*(old.at[rows, where.index].set(new.astype(old.dtype), mode="drop") for old, new in ((stored.k, k), (stored.v, v))))
+    else:
+        def put(old, new):
+            return old.at[rows, where.index].set(new, mode="drop")
+    return KeyValue(*(jax.tree.map(put, old, storage.encode(old, new)) for old, new in ((stored.k, k), (stored.v, v))))

@@ -15,6 +15,8 @@ from llmjax.core.model_config import ModelConfig, Recurrent, rotation
 from llmjax.core.positions import Rope
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
+from llmjax.models.evicting import Eviction, evict
+from llmjax.models.paged import InPages, Paging, page_tokens
 from llmjax.models.relative import Distances
 
 Table = tuple[jax.Array, jax.Array]
@@ -30,6 +32,10 @@ class Seen:
     segments: jax.Array | None
     in_order: bool = dc.field(metadata=dict(static=True))
 
+    def inside(self, width: int) -> Seen:
+        """The same with the first `width` numbers of keys as values."""
+        return dc.replace(self, v=self.k[..., :width])
+
 
 @register_dataclass
 @dc.dataclass(frozen=True)
@@ -43,12 +49,15 @@ class Context:
     ropes: tuple[tuple[Rope, int], ...] = dc.field(metadata=dict(static=True))
     empty: bool = dc.field(metadata=dict(static=True))       # the cache held nothing before this call
     relative: Distances | None = None
+    eviction: Eviction | None = None                     # and an evicting one
+    turned: bool = dc.field(default=False, metadata=dict(static=True))           # keys are kept turned: queries and keys of attention layers are, too
+    paging: Paging | None = None                         # where a paged cache puts the tokens
     source: jax.Array | None = None
     source_segments: jax.Array | None = None
     prefix: jax.Array | None = None                      # [B, T]: how many tokens of its document each token sees whatever stands after it
     across: str | None = dc.field(default=None, metadata=dict(static=True))      # how attention goes over rows that lie on several devices (models/sequence.py)
     zigzag: bool = dc.field(default=False, metadata=dict(static=True))           # and whether they lie in zigzag order
-    lent: dict[str, Seen] = dc.field(default_factory=dict)   # what layers so far have lent to later ones
+    lent: dict[str, Seen | InPages] = dc.field(default_factory=dict)   # what layers so far have lent to later ones
 
     def places(self, length: int) -> jax.Array:
         """The tokens' positions, [B, T] or [1, T] int32."""
@@ -75,16 +84,20 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
     if prefix is not None:
         check_prefix(config)
         prefix = jnp.broadcast_to(prefix[:, None] if prefix.ndim == 1 else prefix, tokens.shape).astype(jnp.int32)
-    plans = {}
+    plans, paging, eviction = {}, None, None
     if cache is not None:
         shape = tokens.shape
+        if positions is None and (cache.page is not None or cache.policy is not None):
+            raise ConfigError(f"{'a paged' if cache.page else 'an evicting'} cache does not know where a row's text goes on: give positions")
         positions = jnp.broadcast_to(next_positions(cache, shape) if positions is None else positions, shape).astype(jnp.int32)
         known = jnp.ones(shape, jnp.int32) if segments is None else jnp.broadcast_to(segments, shape).astype(jnp.int32)
         plans = {size: plan(slots, positions, known) for size, slots in cache.slots.items()}
+        paging = None if cache.page is None else page_tokens(cache, positions, known)
+        eviction = None if cache.policy is None else evict(cache, positions, known)
     ropes = tuple(dict.fromkeys((rope, size) for rope, size in (rotation(x.mixer) for x in config.layers) if rope))
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     tables = tuple(rotary.tables(rope, head_dim, where) for rope, head_dim in ropes)
-    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix)
+    return Context(positions, segments, tables, plans, ropes, cache is not None and cache.empty, prefix=prefix, paging=paging, eviction=eviction, turned=cache is not None and cache.turned)
 
 
 def check_prefix(config: ModelConfig) -> None:

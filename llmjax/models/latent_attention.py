@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from llmjax.core import Compute, Layout, constrain, dense, dot
 from llmjax.core.model_config import LatentAttention, Norm
-from llmjax.models.attention import attend, look
-from llmjax.models.cache import KeyValue
+from llmjax.models.attention import Kept, attend, look
 from llmjax.models.context import Context, Seen
 from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
@@ -27,7 +26,7 @@ class MultiHeadLatentAttention(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, context: Context, stored: KeyValue | None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(self, x: jax.Array, context: Context, stored: Kept) -> tuple[jax.Array, Kept]:
         a, D, N, P = self.spec, x.shape[-1], self.spec.heads, self.spec.nope_dim
         q = self.queries(x)
         q = jnp.concatenate([q[..., :P], context.rotate(q[..., P:], a.rope)], -1)
@@ -38,7 +37,7 @@ class MultiHeadLatentAttention(Module):
         kept = jnp.concatenate([latent[:, :, None], shared], -1)                                                      # [B, T, 1, R + H - P]
         with jax.named_scope("attend"):
             seen, stored = look(kept, kept[..., :0], context, stored, a.window)
-            if seen.in_order:
+            if isinstance(seen, Seen) and seen.in_order:
                 k = jnp.concatenate([dot("btr,rnp->btnp", latent, k_up), jnp.broadcast_to(shared, (*shared.shape[:2], N, a.rope_dim))], -1)
                 v = dot("btr,rnv->btnv", latent, v_up)
                 q, k, v = (constrain(y, "batch length heads .", self.layout.rules) for y in (q, k, v))
@@ -46,7 +45,7 @@ class MultiHeadLatentAttention(Module):
             else:
                 into = jnp.einsum("btnp,rnp->btnr", q[..., :P], dense(k_up).astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
                 q = constrain(jnp.concatenate([into, q[..., P:]], -1), "batch length heads .", self.layout.rules)
-                y = attend(q, Seen(seen.k, seen.k[..., :a.latent], seen.positions, seen.segments, False), context, a, scale=scale, compute=self.compute, layout=self.layout)
+                y = attend(q, seen.inside(a.latent), context, a, scale=scale, compute=self.compute, layout=self.layout)
                 y = jnp.einsum("btnr,rnv->btnv", y, dense(v_up).astype(y.dtype), preferred_element_type=jnp.float32).astype(y.dtype)
         y = dot("btnv,nvd->btd", y, weight(self, "o", "heads head_dim -> embed", (N, a.value_dim, D)))
         return (y + along(vector(self, "o_bias", "norm", (D,)), y) if a.bias else y), stored

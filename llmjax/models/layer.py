@@ -21,6 +21,7 @@ from llmjax.models.linear_attention import LinearMultiHeadAttention
 from llmjax.models.mixture_of_experts import Experts
 from llmjax.models.module import LAYER_INPUT, Module, compact, vector, weight
 from llmjax.models.norms import Normalize
+from llmjax.models.paged import InPages
 
 MIXERS = {Attention: MultiHeadAttention, LatentAttention: MultiHeadLatentAttention, GatedDelta: GatedDeltaNet, LinearAttention: LinearMultiHeadAttention}
 FEED_FORWARDS = {Mlp: MultiLayerPerceptron, MixtureOfExperts: Experts}
@@ -98,7 +99,7 @@ class Block(Module):
     layout: Layout
 
     @compact
-    def __call__(self, x: jax.Array, stored: Entry | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Entry | None, dict[str, Seen]]:
+    def __call__(self, x: jax.Array, stored: Entry | None, context: Context, inputs: jax.Array | None = None) -> tuple[jax.Array, Entry | None, dict[str, Seen | InPages]]:
         layer, lent = self.layer, {}
         x = checkpoint_name(x, LAYER_INPUT) if self.compute.remat == "offload" else x
         box: list = [stored.own, stored.source] if isinstance(stored, WithSource) else [stored, None]

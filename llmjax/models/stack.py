@@ -23,6 +23,7 @@ from llmjax.models.layer import Block, Cycle
 from llmjax.models.layer_inputs import OwnInputs
 from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, stacked_labels, vector, weight
 from llmjax.models.norms import Normalize
+from llmjax.models.paged import restart
 from llmjax.models.relative import Distances, bucket_bias, row_index
 
 
@@ -125,6 +126,8 @@ class Stack(Model):
             tokens, positions, segment_ids, token_types = sequence.reorder((tokens, places, segment_ids, token_types), self.layout)
         context = dc.replace(make_context(c, tokens, positions, segment_ids, cache, prefix), across=across, zigzag=zigzag, **source)
         context = dc.replace(context, relative=self.distances(context, T))
+        if cache is not None and context.paging is not None:
+            cache = restart(cache, context.places(T), context.paging.used)
         x = self.embedded(tokens, context, table, token_types)
         x, cache = self.run_layers(x, cache, context, self.layer_inputs(tokens, x) if c.layer_inputs else None)
         x = self.final_norm(x) if c.final_norm else x
@@ -163,7 +166,8 @@ class Stack(Model):
         if cache is None:
             return x, None
         layers = {part: tuple(kept) for part, kept in new.items()}
-        return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False)
+        return x, dc.replace(cache, layers=layers, slots={size: p.after for size, p in context.plans.items()}, empty=False,
+                             kept=None if context.eviction is None else context.eviction.after)
 
     def unrolls(self) -> bool:
         return not self.is_initializing() and (platform() == "cpu" if self.compute.unroll is None else self.compute.unroll)

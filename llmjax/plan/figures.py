@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from llmjax import models, train
+from llmjax import decode, models, train
 from llmjax.core import ConfigError, MixtureOfExperts, ModelConfig
 from llmjax.core.model_config import Attention, LanguageHead, LatentAttention
 from llmjax.core.tree import flatten, nbytes
@@ -52,8 +52,9 @@ def full_attention_flops(model: models.Decoder, context: int) -> float:
     return train.flops_per_token(model, context) - seen + whole
 
 
-def of_model(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
-    """Everything `llmjax plan --model=NAME` tells. Raises ConfigError for a model that is no decoder and for a context beyond the model's own."""
+def of_model(config: ModelConfig, context: int | None = None, cache: str | None = None) -> dict[str, Any]:
+    """Everything `llmjax plan --model=NAME` tells. cache: a kind of cache (`decode.make_cache`) whose bytes for one row of `context` tokens are wanted too.
+    Raises ConfigError for a model that is no decoder and for a context beyond the model's own."""
     if config.encoder or not isinstance(config.head, LanguageHead):
         raise ConfigError("a plan is made of a decoder with the language head; this model is another")
     context = config.context if context is None else context
@@ -61,7 +62,8 @@ def of_model(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
         raise ConfigError(f"--context={context}: from 1 to {config.context}, the model's own")
     model = models.Decoder(config)
     total, active = parameters(model)
-    return {
+    chosen = {} if cache is None else {"cache_kind": cache, "cache_kind_bytes": decode.cache_bytes(decode.make_cache, model, 1, context, cache)}
+    return chosen | {
         "parameters_total": total, "parameters_active": active, "context": context,
         "flops_per_token_6n": 6 * active, "flops_per_token": train.flops_per_token(model, context), "flops_per_token_full_attention": full_attention_flops(model, context),
         "kv_cache_bytes_per_token": cache_bytes_per_token(config), "kv_cache_bytes": cache_bytes(config, 1, context),

@@ -42,14 +42,15 @@ def model_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("FLOPs a token, 6 N", short(found["flops_per_token_6n"])),
         (f"exact, {found['context']:,} tokens", f"{short(found['flops_per_token'])} causal, {short(found['flops_per_token_full_attention'])} with full attention"),
         ("cache a token", f"{short(found['kv_cache_bytes_per_token'], 'B')} (bfloat16); {short(found['kv_cache_bytes'], 'B')} for {found['context']:,} tokens"),
+        *([("this cache", f"{short(found['cache_kind_bytes'], 'B')} for one row of {found['context']:,} tokens as {found['cache_kind']}")] if "cache_kind" in found else []),
         ("Chinchilla", f"{short(found['chinchilla_tokens'])} tokens, {short(found['chinchilla_flops'])} FLOPs"),
         ("weights", ", ".join(f"{kind} {short(kinds[kind], 'B')}" for kind in figures.BITS)),
         ("to train with Adam", f"{short(kinds['training_adam'], 'B')} and activations"),
     ]
 
 
-def of_model(name: str, config: ModelConfig, context: int | None = None) -> Report:
-    found = figures.of_model(config, context)
+def of_model(name: str, config: ModelConfig, context: int | None = None, cache: str | None = None) -> Report:
+    found = figures.of_model(config, context, cache)
     return Report(found, f"{name}\n" + table(model_rows(found)))
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from llmjax import decode, tokenizers
 from llmjax.core import Attention, Compute, ConfigError, Layer, Mlp, ModelConfig, Rope
-from llmjax.decode.generate import bucket, find_stop
+from llmjax.decode.prompts import bucket
+from llmjax.decode.stops import find_stop
 from llmjax.models import Decoder, init_params
 
 V = 70
@@ -134,3 +135,82 @@ def test_a_conversation_is_kept_in_the_cache(talking):
 def test_small_things():
     assert [bucket(n) for n in (1, 16, 17, 200, 256, 257, 600)] == [16, 16, 32, 256, 256, 512, 768]
     assert find_stop("abcabc", ("ca", "bc")) == 1 and find_stop("abc", ("x",)) is None
+
+
+def test_alternatives_and_prompt_logprobs(made):
+    model, params = made
+    got = decode.complete(model, params, None, [[5, 6, 7], [8] * 20], max_new_tokens=5, stop=[], logprobs=3, prompt_logprobs=True)
+    for prompt, c in zip(([5, 6, 7], [8] * 20), got):
+        full, _ = model.apply({"params": params}, jnp.asarray([[*prompt, *c.ids]]))
+        want, order = np.asarray(jax.nn.log_softmax(full)[0]), np.argsort(-np.asarray(full[0]))
+        places = range(len(prompt) - 1, len(prompt) + 4)
+        assert [[i for i, _ in a] for a in c.alternatives] == [order[p, :3].tolist() for p in places]
+        assert [a[0] for a in c.alternatives] == [(i, x) for i, x in zip(c.ids, [a[0][1] for a in c.alternatives])]          # greedy: the best is what was taken
+        np.testing.assert_allclose([x for a in c.alternatives for _, x in a], [want[p, i] for p in places for i in order[p, :3]], atol=1e-4)
+        assert c.prompt_logprobs[0] is None and c.prompt_alternatives[0] is None
+        np.testing.assert_allclose(c.prompt_logprobs[1:], [want[i, t] for i, t in enumerate(prompt[1:])], atol=1e-4)
+        assert [[i for i, _ in a] for a in c.prompt_alternatives[1:]] == [order[i, :3].tolist() for i in range(len(prompt) - 1)]
+    alone = decode.score(model, params, None, [[8] * 20])[0]
+    np.testing.assert_allclose(alone.logprobs[1:], got[1].prompt_logprobs[1:], atol=1e-5)
+
+
+def test_best_of_keeps_what_scores_best(made):
+    model, params = made
+    knobs = dict(max_new_tokens=6, temperature=1.5, seed=3, stop=[V - 1, 3])
+    every = decode.complete(model, params, None, [[5, 6, 7]], n=4, **knobs)
+    best = decode.complete(model, params, None, [[5, 6, 7]], n=2, best_of=4, **knobs)
+    assert [c.ids for c in best] == [c.ids for c in sorted(every, key=lambda c: -c.score)[:2]]
+    smallest = decode.complete(model, params, None, [[5, 6, 7]], n=1, best_of=4, scorer=lambda prompt, c: sum(prompt) - sum(c.ids), **knobs)[0]
+    assert sum(smallest.ids) == min(sum(c.ids) for c in every) and smallest.score == 18 - sum(smallest.ids)
+    for c in every:
+        if c.finish == "length":
+            np.testing.assert_allclose(c.score, np.mean(c.logprobs), rtol=1e-5)
+
+
+def test_knobs_reach_the_loop(made):
+    """Bans, penalties and limits of a whole generation, of which sample() knows each step: three rows of one batch."""
+    model, params = made
+    plain = decode.generate(model, params, None, [[5, 6, 7]] * 3, max_new_tokens=10, stop=[])[0]
+    two = next(plain[i:i + 2] for i in range(1, 9) if plain[i] != plain[0] != plain[i + 1])
+    knobs = dict(bad_words=[[[plain[0]], two], None, None], allowed_token_ids=[None, [1, 2, 3], None], frequency_penalty=[None, None, -2.0], presence_penalty=[2.0, 2.0, None],
+                 logit_bias=[None, None, {9: 50.0}], min_tokens=[None, None, 5], stop=[9])
+    banned, few, late = decode.complete(model, params, None, [[5, 6, 7]] * 3, max_new_tokens=10, **knobs)
+    assert plain[0] not in banned.ids and two not in [banned.ids[i:i + 2] for i in range(9)]
+    assert set(few.ids) <= {1, 2, 3} and len(few.ids) == 10
+    assert len(late.ids) == 5 and 9 not in late.ids and late.finish == "end" and len(set(late.ids)) < 5          # the bias ends the row as soon as it may; a negative penalty repeats
+
+
+def test_stops_count_after_min_tokens(talking):
+    model, params, tokenizer = talking
+    knobs = dict(max_new_tokens=30, temperature=1.0, seed=[7], min_tokens=15)
+    whole = decode.complete(model, params, tokenizer, ["Hello"], stop=["never there"], **knobs)[0]
+    early = decode.complete(model, params, tokenizer, ["Hello"], stop=[whole.text[3:5]], **knobs)[0]
+    assert early.text == whole.text                              # those two characters are there, but before the fifteenth token
+    stop = whole.text[-4:-2]
+    late = decode.complete(model, params, tokenizer, ["Hello"], stop=[whole.text[3:5], stop], **knobs)[0]
+    assert late.finish == "stop" and late.text == whole.text[:whole.text.index(stop)] and len(late.ids) > 15
+    assert "".join(decode.stream(model, params, tokenizer, "Hello", stop=[whole.text[3:5], stop], **knobs)) == late.text
+
+
+@pytest.mark.parametrize("knobs, word", [(dict(best_of=1, n=2), "best_of=1"), (dict(scorer=len), "scorer"), (dict(logprobs=-1), "logprobs=-1"), (dict(logprobs=V + 1), "vocabulary's"),
+                                         (dict(bad_words=["x"]), "no tokenizer"), (dict(dry_multiplier=1.0, dry_sequence_breakers=["x"]), "no tokenizer"), (dict(stop=[V]), f"stop: id {V}"),
+                                         (dict(temprature=1), "did you mean 'temperature'"), (dict(best_of=True), "best_of=True")])
+def test_bad_requests_are_named(made, knobs, word):
+    with pytest.raises(ConfigError, match=word):
+        decode.complete(*made, None, [[5]], **knobs)
+
+
+def test_words_as_texts(talking):
+    """A banned text is banned after a space too; DRY's breakers are the tokens that hold a sign."""
+    model, params, tokenizer = talking
+    knobs = dict(max_new_tokens=40, temperature=1.0, seed=[3])
+    text = decode.complete(model, params, tokenizer, ["Hello"], **knobs)[0].text
+    banned = next(c for c in text if c.isascii() and c.isprintable() and c != " ")
+    assert banned not in decode.complete(model, params, tokenizer, ["Hello"], bad_words=[banned], **knobs)[0].text
+    from llmjax.decode.generate import sampling_of
+    from llmjax.decode.stops import Stops
+    sampling = sampling_of(1, Stops((), ()), tokenizer, model.config, dict(dry_multiplier=1.0))
+    on = np.unpackbits(np.asarray(sampling.dry_sequence_breakers)[0].view(np.uint8), bitorder="little").nonzero()[0]
+    assert {tokenizer.token_bytes(int(i)) for i in on} == {b"\n", b":", b'"', b"*"}
+    with pytest.raises(ConfigError, match="single characters"):
+        sampling_of(1, Stops((), ()), tokenizer, model.config, dict(dry_multiplier=1.0, dry_sequence_breakers=["ab"]))
