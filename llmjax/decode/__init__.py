@@ -1,4 +1,6 @@
 """Decoding: pure functions over an explicit cache, samplers, and generation from texts or ids."""
+from llmjax.decode.beam import beam_search
+from llmjax.decode.contrastive import contrastive_search
 from llmjax.decode.embed import embed
 from llmjax.decode.generate import complete, generate, stream
 from llmjax.decode.grammar import Choice, Constraint, Grammar, JsonSchema, Lark, Matcher, Regex
@@ -9,8 +11,9 @@ from llmjax.decode.sampling import Sampling, best_logprobs, distribution, logpro
 from llmjax.decode.score import Score, score
 from llmjax.decode.session import Session
 from llmjax.decode.speculative import Draft, DraftModel, EarlyExit, NGram
-from llmjax.decode.steps import Decoding, begin, can_rewind, decode_step, grow, init_cache, loop, prefill, repeat_rows, rewind
+from llmjax.decode.steps import Decoding, begin, can_rewind, decode_step, grow, init_cache, loop, prefill, repeat_rows, rewind, take_rows
 
 __all__ = ["Choice", "Completion", "Constraint", "Decoding", "Draft", "DraftModel", "EarlyExit", "Grammar", "History", "JsonSchema", "Lark", "Matcher", "NGram", "Regex", "Sampling", "Score",
-           "Session", "begin", "best_logprobs", "can_rewind", "complete", "decode_step", "distribution", "embed", "generate", "grow", "init_cache", "logprobs_of", "loop",
-           "make_sampling", "prefill", "prepare", "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream", "unstack"]
+           "Session", "beam_search", "begin", "best_logprobs", "can_rewind", "complete", "contrastive_search", "decode_step", "distribution", "embed", "generate", "grow",
+           "init_cache", "logprobs_of", "loop", "make_sampling", "prefill", "prepare", "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream",
+           "take_rows", "unstack"]

@@ -121,10 +121,16 @@ def grow(model: Decoder, cache: Cache, length: int) -> Cache:
     return grow_cache(model.config, cache, length)
 
 
+def take_rows(cache: Cache, index: jax.Array) -> Cache:
+    """The rows at index [n] int32; one may come several times."""
+    def on(axis):
+        return lambda x: jnp.take(x, index, axis)
+    layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
+    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), source=jax.tree.map(on(0), cache.source))
+
+
 @functools.partial(jax.jit, static_argnames="times")
 def repeat_rows(cache: Cache, times: int) -> Cache:
     """Each row `times` times in a row: one prompt, several continuations."""
-    def on(axis):
-        return lambda x: jnp.repeat(x, times, axis)
-    layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
-    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), source=jax.tree.map(on(0), cache.source))
+    rows = next(iter(cache.slots.values())).positions.shape[0]
+    return take_rows(cache, jnp.repeat(jnp.arange(rows), times))
