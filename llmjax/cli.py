@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--config", required=required, metavar="FILE.py[:arg=value,…]", help="a Python file with get_config, its arguments after a colon; or a run's config.json")
         parser.add_argument("--config.FIELD", dest="override_help", metavar="VALUE", help="override a field, as in --config.optimizer.learning_rate=1e-3 (`llmjax show` lists them)")
 
+    def computed(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+        parser.add_argument("--quantize", choices=["int8"], help="weights in int8, one scale per output channel (as they are stored)")
+
     def sampled(parser: argparse.ArgumentParser, tokens: int) -> None:
         parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=tokens, help=f"at most this many new tokens ({tokens})")
         parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (0)")
@@ -66,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--bad-word", "--bad_word", dest="bad_words", action="append", metavar="TEXT", help="a text that may not come; may be given several times")
         parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
         parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
-        parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+        computed(parser)
 
     p = add("train", "A run's folder holds config.json, metrics.jsonl, checkpoints/, hf/ (the model in Hugging Face layout) and plots/.\n"
                      "example: llmjax train --config=configs/quickstart.py:size=tiny --config.steps=20 --workdir=runs/a\n\n"
@@ -101,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--field", default="text", help="the text's field in jsonl (text)")
     p.add_argument("--context", type=int, help="tokens per row (1024, at most the model's own)")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="rows at a time (8)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is computed in (float32 on a CPU, else bfloat16)")
+    computed(p)
     p.add_argument("--json", action="store_true", help="one JSON line")
 
     p = add("convert", "examples: llmjax convert smollm2 out/ --dtype=float32\n          llmjax convert hf:org/name model.gguf --to=gguf --dtype=q8_0 --check\n"
@@ -138,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
     p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
     p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
-    p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, h100:4x8 (as many devices as the layout names, of no kind in particular)")
+    p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, 2xv5e-256 (two slices), h100:4x8 (as many devices as the layout names, of no kind in particular)")
     p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
     p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")
     p.add_argument("--search", action="store_true", help="with --topology: the Pareto front of batch × remat × layout, time against memory")
@@ -214,7 +218,7 @@ def workdir_of(args: argparse.Namespace) -> pathlib.Path:
 
 
 SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "mirostat_tau", "mirostat_eta", "repetition_penalty", "frequency_penalty",
-           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "dtype")
+           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "dtype", "quantize")
 
 
 def knobs(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,7 +257,7 @@ def on_chat(args: argparse.Namespace, _: list[str]) -> int:
 
 def on_eval(args: argparse.Namespace, _: list[str]) -> int:
     from llmjax import run
-    found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, progress=not args.json)
+    found = run.evaluate(args.model, args.file, context=args.context, batch_size=args.batch_size, field=args.field, dtype=args.dtype, quantize=args.quantize, progress=not args.json)
     print(json.dumps(found) if args.json else "\n".join(f"{k:<14} {v:,.4f}" if k != "tokens" else f"{k:<14} {v:,.0f}" for k, v in found.items()))
     return 0
 

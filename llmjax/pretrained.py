@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llmjax import models, tokenizers
+from llmjax import models, quantization, tokenizers
 from llmjax.checkpoint import fetch, folder, orbax_folder, safetensors_file, table
 from llmjax.checkpoint.families import table_of
 from llmjax.core.errors import CheckpointError, nearest
@@ -52,11 +52,12 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType | None = None, mesh: jax.sharding.Mesh | None = None,
-         rules: Rules = RULES) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
+         rules: Rules = RULES, quantize: str | None = None) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
     """(model, params, tokenizer) of a checkpoint.
 
     path: a folder in Hugging Face layout, a `.gguf` file, the folder of a run, "hf:org/name[@revision]", or "smollm2".
     dtype: what is computed in; param_dtype: what the weights are kept in (None: the same). mesh: the weights go straight to where `rules` lay them; None: the default device.
+    quantize: "int8" turns matrices into int8 leaves once they are read (quantization.quantize), for decoding and for adapters on top.
     -> a Flax module, nested dicts of arrays, and a tokenizer or None where there is none.
     Raises FileNotFoundError, CheckpointError (a file that is damaged, incomplete, of an unknown family or of another model than its config), ConfigError, ShardingError.
     """
@@ -71,11 +72,15 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, place)
     if isinstance(source, orbax_folder.Parameters):
-        return model, source.load(like), tokenizer
+        return model, quantized(model, source.load(like), quantize), tokenizer
     sizes = flatten(like)
     with tqdm(total=nbytes(like), desc="weights", unit="B", unit_scale=True, delay=1.0, disable=None, leave=False) as bar:
         params = table.load(source, rows, like, lambda name: bar.update(sizes[name].size * sizes[name].dtype.itemsize))
-    return model, params, tokenizer
+    return model, quantized(model, params, quantize), tokenizer
+
+
+def quantized(model: Any, params: Any, kind: str | None) -> Any:
+    return params if kind is None else quantization.quantize(models.labels(model), params, kind, donate=True)
 
 
 def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]:

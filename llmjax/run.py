@@ -6,6 +6,7 @@ import dataclasses as dc
 import json
 import os
 import pathlib
+import secrets
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from llmjax.core.run_config import DType, in_steps
 from llmjax.core.tree import size
 
 # what a run may change when it goes on
-FREE = ("layout", "offload_optimizer", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "sample", "guard", "distributed")
+FREE = ("layout", "offload_optimizer", "compute", "steps", "log_every", "eval_every", "checkpoint_every", "keep", "replicas", "tensorboard", "sample", "guard", "distributed")
 
 
 # train
@@ -59,7 +60,8 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
     with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
         places = None if mesh.size == 1 else shardings(labels, models.abstract_params(model), mesh, config.layout.rules)
         store = checkpoint.Store(workdir / "checkpoints", keep=config.keep)
-        state, extra = start(model, optimizer, key, places, store, config.offload_optimizer)
+        replicas = None if config.replicas is None else checkpoint.Replicas(config.replicas.folder, name_of(workdir))
+        state, extra = start(model, optimizer, key, places, store, replicas, config.offload_optimizer)
         place, part = placing(mesh, config)
         loader = corpus.train.loader(config.batch_size, 0, *part)
         if extra:
@@ -81,11 +83,15 @@ def train_together(config: RunConfig, workdir: pathlib.Path, together: distribut
             batches=loader, store=store, total=total, log_every=steps(config.log_every, "log_every") or 1, eval_every=steps(config.eval_every, "eval_every"),
             checkpoint_every=steps(config.checkpoint_every, "checkpoint_every"), evaluate=None if corpus.validation is None else evaluate, loggers=loggers, console=console,
             watch=train.Watch(config.guard, **extra.get("watch", {})), place=place, tokens_per_step=config.batch_size * config.context,
-            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule, enter=together.enter)
+            flops_per_token=train.flops_per_token(model, config.context), peak_flops=peak, learning_rate=schedule, enter=together.enter, replicas=replicas,
+            replicate_every=1 if config.replicas is None else steps(config.replicas.every, "replicas.every"))
+        whole = False
         try:
             state, whole = train.run(loop, state)
         finally:
             store.close()
+            if replicas is not None:
+                replicas.close(done=whole)
             for logger in loggers:
                 if hasattr(logger, "close"):
                     logger.close()
@@ -123,15 +129,28 @@ def make_model(config: RunConfig, tokenizer: Any) -> models.Decoder:
     return models.Decoder(pretrained.with_ids(c, tokenizer), config.compute, config.layout)
 
 
-def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store, offload: bool) -> tuple[train.State, dict]:
-    """A fresh state, or the newest checkpoint's straight in its place. -> (state, what was stored beside it)."""
-    latest = store.latest()
-    if latest is None:
-        return train.init(models.init_params(model, key, places), optimizer, key, offload=offload), {}
-    like = models.abstract_params(model)
+def name_of(workdir: pathlib.Path) -> str:
+    """A name for the run in this folder that no other run has, whatever folder that had: its copies on the hosts' disks are told by it."""
+    file = workdir / "run.id"
+    if jax.process_index() == 0 and not file.exists():
+        file.write_text(secrets.token_hex(8))
+    if jax.process_count() == 1:
+        return file.read_text()
+    return distributed.exchange("run", file.read_text() if jax.process_index() == 0 else "")[0]
+
+
+def start(model: models.Decoder, optimizer: Any, key: jax.Array, places: Any, store: checkpoint.Store, replicas: checkpoint.Replicas | None, offload: bool) -> tuple[train.State, dict]:
+    """A fresh state, or the newest checkpoint's (or copy's) straight in its place. -> (state, what was stored beside it)."""
+    latest, like = store.latest(), models.abstract_params(model)
     if places is not None:
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
-    return store.restore(latest, train.abstract(like, optimizer, key, offload=offload))
+    like = train.abstract(like, optimizer, key, offload=offload)
+    copy = None if replicas is None else replicas.newest(like)
+    if replicas is not None and copy is not None and copy.step > (latest or 0):
+        return replicas.restore(copy, like)
+    if latest is None:
+        return train.init(models.init_params(model, key, places), optimizer, key, offload=offload), {}
+    return store.restore(latest, like)
 
 
 def make_loggers(config: RunConfig, workdir: pathlib.Path, begun: int, console: train.Console) -> tuple:
@@ -214,9 +233,10 @@ def read_grammar(*, json_schema: str | None = None, regex: str | None = None, la
     return decode.Regex(regex) if regex is not None else decode.Choice(choice) if choice is not None else None
 
 
-def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
+def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, quantize: str | None = None,
+             **knobs: Any) -> Iterator[dict[str, Any]]:
     """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer; call decode.generate with ids from Python")
     module, params = decode.prepare(module, params)
@@ -233,10 +253,10 @@ def usual_dtype() -> DType:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def chat(model: str, *, system: str | None = None, dtype: DType | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
+def chat(model: str, *, system: str | None = None, dtype: DType | None = None, quantize: str | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
     """A conversation on the terminal. `lines`: an iterator of what the user says (default: asks for it); /reset forgets, /quit ends."""
     out = out or sys.stdout
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     session = decode.Session(module, params, tokenizer, system=system)
     del params
     if lines is None:
@@ -274,11 +294,14 @@ def ask(lines: Any) -> str | None:
 
 # eval, tokenizer, data, show (convert has a room of its own)
 
-def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None, progress: bool = True) -> dict[str, float]:
-    """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens."""
-    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype())
+def evaluate(model: str, file: str, *, context: int | None = None, batch_size: int = 8, field: str = "text", dtype: DType | None = None,
+             quantize: str | None = None, progress: bool = True) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte of a model on a text or jsonl file, documents cut into rows of `context` tokens. A quantised model is measured as it decodes."""
+    module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer, a text cannot be scored")
+    if quantize:
+        module, params = decode.prepare(module, params)
     source = data.JsonLines(file, field) if file.endswith(data.sources.JSON_SUFFIXES) else data.TextFiles(file)
     length = min(context or 1024, module.config.context)
     batches = data.scoring_batches(data.documents(source), tokenizer, context=length, batch_size=batch_size)

@@ -132,6 +132,24 @@ def test_a_run_goes_on_in_four_processes(whole, tmp_path):
     same_losses(losses(folder), losses(whole), list(range(1, 10)))
 
 
+def test_a_host_that_comes_back_with_an_empty_disk_gets_its_copy_from_another(whole, tmp_path):
+    folder, disks = ready(whole, tmp_path / "copies"), str(tmp_path / "disk{process}")
+    knobs = ("checkpoint_every=None", "layout.fsdp=1", "layout.data=2", f"replicas=Replicas(folder='{disks}', every=1)", "steps=9")
+    processes = start_both(folder, *knobs)
+    wait_for(folder, processes, 5)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    last = max(losses(folder))
+    assert not [f for f in (folder / "checkpoints").iterdir() if f.name.isdigit()] and list((tmp_path / "disk1").glob("*/*/*.json"))
+    shutil.rmtree(tmp_path / "disk1")
+    launch(2, folder, "layout.data=2", *(k for k in knobs if not k.startswith("layout")))
+    again = [row["step"] for row in train.read_rows(folder / "metrics.jsonl") if "loss" in row]
+    assert min(s for s in again if s > last - 3) > 1 and max(again) == 9
+    same_losses(losses(folder), losses(whole), list(range(1, 10)))
+    assert not list(tmp_path.glob("disk*/*/*")), "a run that came to its end leaves no copies"
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_its_name(killed, whole, tmp_path):
     folder = ready(whole, tmp_path / "killed")

@@ -84,8 +84,8 @@ class Transposed:
 @dc.dataclass(frozen=True)
 class Joined:
     """One of several weights that `dots` multiplies with the same input: number `place` of those with `shapes` [in…, out…]. The first holds them all, side by side, as the matrix
-    w [prod(in), sum of prod(out)]; in the others w is None."""
-    w: jax.Array | None
+    w [prod(in), sum of prod(out)] (or as Int8Rows); in the others w is None."""
+    w: Any
     shapes: tuple[tuple[int, ...], ...] = dc.field(metadata=dict(static=True))
     inputs: int = dc.field(metadata=dict(static=True))
     place: int = dc.field(metadata=dict(static=True))
@@ -103,7 +103,26 @@ class Joined:
         return len(self.shape)
 
 
-KINDS = (Lora, Int8, Transposed, Joined)
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Int8Rows:
+    """An Int8 weight of `shape` [in…, out…], of which the first `inputs` dimensions are contracted, as a CPU multiplies it fastest: q int8 [prod(out), prod(in)], scale float32 [prod(out)].
+    inputs 0: a tied embedding [V, D], kept as it is and as the head reads it. Activations become int8 too (`int8_rows`)."""
+    q: jax.Array
+    scale: jax.Array
+    shape: tuple[int, ...] = dc.field(metadata=dict(static=True))
+    inputs: int = dc.field(metadata=dict(static=True))
+
+    @property
+    def dtype(self):
+        return self.scale.dtype
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+
+KINDS = (Lora, Int8, Int8Rows, Transposed, Joined)
 
 
 def is_leaf(x: Any) -> bool:
@@ -127,6 +146,8 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
         scale = weight.scale.reshape([n for c, n in zip(letters, weight.scale.shape) if c in kept])
         y = jnp.einsum(equation, x, weight.q.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * aligned(scale, kept, out)).astype(out_dtype or x.dtype)
+    if isinstance(weight, Int8Rows):
+        return through_rows(x, weight, weight.shape[weight.inputs:] if weight.inputs else weight.shape[:1], out_dtype)
     if isinstance(weight, Transposed):
         terms, out = equation.split("->")
         if terms.split(",")[1][0] in out:              # a tied embedding [V, D] as the head reads it: w is [D, V], and D is contracted
@@ -137,17 +158,39 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
     return contract(equation, x, weight, out_dtype=out_dtype)
 
 
+def as_rows(x: jax.Array, size: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """x [..., in…] -> ([rows, size], the axes before in…): its last axes, as many as a matrix of `size` inputs takes in."""
+    lead, seen = x.ndim, 1
+    while seen < size:
+        lead, seen = lead - 1, seen * x.shape[lead - 1]
+    return x.reshape(-1, size), x.shape[:lead]
+
+
+def through_rows(x: jax.Array, weight: Int8Rows, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
+    """x [..., in…] -> [..., *shape]"""
+    rows, lead = as_rows(x, weight.q.shape[1])
+    return int8_rows(rows, weight.q, weight.scale).astype(out_dtype or x.dtype).reshape(*lead, *shape)
+
+
+def int8_rows(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [T, D] times (q [F, D] int8 · scale [F])ᵀ -> float32 [T, F], in integer products alone. A row of x is its largest magnitude times two int8 rows, the number and what rounding
+    left of it: 15 bits or so. XLA's CPU products are fast from two columns on, so the second costs one token nothing."""
+    x = x.astype(jnp.float32)
+    step = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-30) / 127.0
+    coarse = jnp.round(x / step)
+    fine = jnp.round((x / step - coarse) * 254.0)
+    columns = jnp.concatenate([coarse, fine]).astype(jnp.int8)
+    y = jax.lax.dot_general(q, columns, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32).T
+    return (y[:len(x)] + y[len(x):] * (1 / 254.0)) * step * scale[None]
+
+
 def matrix(equation: str, x: jax.Array, w: jax.Array, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
     """x [..., in…] through w, a matrix of the two-dimensional `equation` "td,…->tf" -> [..., *shape]."""
-    size = w.shape[equation.split(",")[1].index("d")]
-    lead, seen = x.ndim, 1
-    while seen < size:                                  # x's last axes, as many as the matrix takes in
-        lead, seen = lead - 1, seen * x.shape[lead - 1]
-    rows = x.reshape(-1, size)
+    rows, lead = as_rows(x, w.shape[equation.split(",")[1].index("d")])
     count = rows.shape[0]
     if count == 1 and rows.dtype.itemsize == 2:         # XLA's CPU products of 16-bit numbers need two rows, else they convert the whole weight
         rows = jnp.pad(rows, [(0, 1), (0, 0)])
-    return contract(equation, rows, w, out_dtype=out_dtype)[:count].reshape(*x.shape[:lead], *shape)
+    return contract(equation, rows, w, out_dtype=out_dtype)[:count].reshape(*lead, *shape)
 
 
 def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
@@ -157,14 +200,19 @@ def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]
         return [dot(equation, x, w) for w in weights]
     made = [shape[first.inputs:] for shape in first.shapes]
     ends = np.cumsum([math.prod(shape) for shape in made])
-    parts = jnp.split(matrix("td,df->tf", x, first.w, (int(ends[-1]),), None), ends[:-1], -1)
+    whole = (int(ends[-1]),)
+    parts = jnp.split(through_rows(x, first.w, whole, None) if isinstance(first.w, Int8Rows) else matrix("td,df->tf", x, first.w, whole, None), ends[:-1], -1)
     return [y.reshape(*y.shape[:-1], *shape) for y, shape in zip(parts, made)]
 
 
-def join(weights: Sequence[jax.Array], inputs: int) -> list[Joined]:
-    """Weights [in…, out…] whose first `inputs` axes are the same, as Joined leaves."""
+def join(weights: Sequence[Any], inputs: int) -> list[Joined]:
+    """Weights [in…, out…] whose first `inputs` axes are the same, all arrays or all Int8Rows, as Joined leaves."""
     shapes = tuple(w.shape for w in weights)
-    w = jnp.concatenate([w.reshape(math.prod(w.shape[:inputs]), -1) for w in weights], 1)
+    if isinstance(weights[0], Int8Rows):
+        q, scale = (jnp.concatenate([getattr(w, name) for w in weights]) for name in ("q", "scale"))
+        w: Any = Int8Rows(q, scale, (q.shape[1], q.shape[0]), 1)
+    else:
+        w = jnp.concatenate([w.reshape(math.prod(w.shape[:inputs]), -1) for w in weights], 1)
     return [Joined(None if i else w, shapes, inputs, i) for i in range(len(weights))]
 
 
@@ -199,12 +247,15 @@ def dense(weight: Any) -> jax.Array:
         return (w + (weight.alpha / rank * (a @ b)).reshape(w.shape)).astype(w.dtype)
     if isinstance(weight, Int8):
         return weight.q.astype(weight.scale.dtype) * weight.scale
+    if isinstance(weight, Int8Rows):
+        w = weight.q * weight.scale[:, None]
+        return (w.T if weight.inputs else w).reshape(weight.shape)
     if isinstance(weight, Transposed):
         return weight.w.T.reshape(weight.shape)
     if isinstance(weight, Joined):
         if weight.w is None:
             raise TypeError("this weight's numbers lie in another Joined leaf")
-        return weight.w[:, :math.prod(weight.shape[weight.inputs:])].reshape(weight.shape)
+        return dense(weight.w)[:, :math.prod(weight.shape[weight.inputs:])].reshape(weight.shape)
     return weight
 
 
@@ -216,6 +267,8 @@ def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, Int8):
         scale = table.scale.reshape((1,) * ids.ndim + (-1,)) if table.scale.shape[0] == 1 else table.scale[ids]
         return table.q[ids].astype(dtype) * scale.astype(dtype)
+    if isinstance(table, Int8Rows):
+        return table.q[ids].astype(dtype) * table.scale[ids][..., None].astype(dtype)
     if isinstance(table, Transposed):
         return jnp.moveaxis(table.w[:, ids], 0, -1).astype(dtype)
     return table[ids].astype(dtype)

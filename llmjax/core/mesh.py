@@ -24,6 +24,7 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 RULES: Rules = (
     ("batch", ("data", "fsdp", "stage", "expert")),
     ("length", "sequence"),
+    ("residual", ("sequence", "tensor")),      # the length of the residual stream, between the mixers and feed-forwards
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("source", "fsdp"),                # an encoder's output, as cross-attention reads it
@@ -113,21 +114,30 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(dict(stage=stage, data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor), len(devices))
     shape = [sizes[axis] for axis in MESH_AXES]
-    types = (AxisType.Auto,) * len(shape)
-    slices = sorted({getattr(d, "slice_index", 0) or 0 for d in devices})
-    if len(slices) > 1:
-        if sizes[dcn] % len(slices):
-            raise ShardingError(f"mesh: {len(slices)} slices do not divide {dcn}={sizes[dcn]}, the axis that goes across them; make it a multiple, or choose another layout.dcn")
-        return Mesh(hybrid(devices, shape, MESH_AXES.index(dcn), slices), MESH_AXES, axis_types=types)
-    if devices == list(jax.devices()):
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+    if set(devices) < set(jax.devices()):          # a few chosen ones, which need be no torus
+        placed = np.asarray(devices).reshape(shape)
+    else:
+        slices = sorted({slice_of(d) for d in devices})
+        check_slices(len(slices), sizes, dcn)
+        placed = hybrid(devices, shape, MESH_AXES.index(dcn), slices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def check_slices(count: int, sizes: Mapping[str, int], dcn: str) -> None:
+    """Raises ShardingError where the axis that goes across the slices is not a multiple of them."""
+    if sizes[dcn] % count:
+        raise ShardingError(f"mesh: {count} slices do not divide {dcn}={sizes[dcn]}, the axis that goes across them; make it a multiple, or choose another layout.dcn")
+
+
+def slice_of(device: Any) -> int:
+    """Which of several slices a device is of."""
+    return getattr(device, "slice_index", 0) or 0
 
 
 def hybrid(devices: Sequence[Any], shape: Sequence[int], axis: int, slices: Sequence[int]) -> np.ndarray:
-    """The devices in the mesh's shape, slice after slice along one axis; within a slice as its own network wants them."""
+    """The devices in the mesh's shape, slice after slice along one axis; within a slice as its own network wants them (an axis may be a part of a dimension of the torus)."""
     inner = [n // len(slices) if i == axis else n for i, n in enumerate(shape)]
-    parts = [[d for d in devices if d.slice_index == s] for s in slices]
+    parts = [[d for d in devices if slice_of(d) == s] for s in slices]
     if len({len(part) for part in parts}) > 1:
         raise ShardingError(f"mesh: the slices have {', '.join(str(len(part)) for part in parts)} devices; all must have the same number")
     return np.concatenate([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in parts], axis)
@@ -223,14 +233,16 @@ def check_batch(batch_size: int, accumulate: int, context: int, mesh: Mesh, layo
 def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:
     """Pins an activation's layout on the ambient mesh (`jax.set_mesh`); without a mesh, or on one device, x itself: nothing enters the program.
 
-    axes: a word per dimension, "." for a dimension that is not divided: "batch length ."
+    axes: a word per dimension, "." for a dimension that is not divided: "batch length ." Of a rule's axes as many are used, from the first on, as divide the dimension.
     """
     if not partitioned():
         return x
     spec: list[Any] = []
     for word, length in zip(axes.split(), x.shape, strict=True):
-        _, chosen, parts = (None, (), 1) if word == "." else free_axes(word, rules)
-        spec.append(chosen if chosen and length % parts == 0 else None)
+        mesh, chosen, _ = (None, (), 1) if word == "." else free_axes(word, rules)
+        while chosen and length % math.prod(mesh.shape[a] for a in chosen):
+            chosen = chosen[:-1]
+        spec.append(chosen or None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

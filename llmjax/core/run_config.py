@@ -147,6 +147,19 @@ class Distributed:
 
 
 @dc.dataclass(frozen=True)
+class Replicas:
+    """Copies of the train state on each host's own disk, between checkpoints (checkpoint/replicas.py). folder: there; "{process}" in it is the process's number. A restart goes on from the newest
+    copy or checkpoint, whichever is newer."""
+    folder: str
+    every: Duration = 100
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.folder:
+            raise ConfigError("replicas.folder='': a folder on the hosts' own disks is wanted")
+
+
+@dc.dataclass(frozen=True)
 class RunConfig:
     """One training run. `data`, `objective`: see the module's docstring. `context` and `batch_size` are tokens per row and rows per step over all devices."""
     model: ModelConfig
@@ -166,6 +179,7 @@ class RunConfig:
     eval_every: Duration | None = "25%"
     checkpoint_every: Duration | None = "25%"
     keep: int = 3                      # how many checkpoints stay
+    replicas: Replicas | None = None   # copies on the hosts' own disks
     offload_optimizer: bool = False    # the optimiser's state waits in the host's memory between its uses
     tensorboard: bool = False
     sample: str | None = None          # a prompt to continue when the run ends
@@ -182,6 +196,8 @@ class RunConfig:
             raise ConfigError(f"context={self.context} is longer than the model's own, model.context={self.model.context}")
         for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
             check_duration(getattr(self, name), name)
+        if self.replicas is not None:
+            check_duration(self.replicas.every, "replicas.every")
         if isinstance(self.steps, str) and self.steps.endswith("%"):
             raise ConfigError(f"steps={self.steps!r}: a share of the run needs the run's length; use steps or epochs such as '2ep'")
 

@@ -1,5 +1,6 @@
 """Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU matrices as a matrix-vector product reads them fastest: [out, in]; in float32, where several
-take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it.
+take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it; int8 weights
+as rows [out, in], side by side too.
 
 Training keeps layers stacked for `nn.scan`; slicing a stack inside the token loop would copy every weight every token.
 """
@@ -15,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Joined, Label, Transposed, is_leaf, join, platform, unrolled
+from llmjax.core import Int8, Int8Rows, Joined, Label, Transposed, is_leaf, join, platform, unrolled
 from llmjax.core.model_config import ModelConfig
+from llmjax.core.tree import map_named
 from llmjax.models import Decoder, labels
 
 
@@ -54,16 +56,26 @@ def stack(config: ModelConfig, params: dict) -> dict:
 JOINED = (("q", "k", "v"), ("gate", "up"))
 
 
-def joined(labels: dict, params: dict) -> dict:
-    """The tree with the weights of every JOINED group in a module side by side, where all of them are plain matrices."""
-    new = {name: joined(labels[name], w) if isinstance(w, dict) else w for name, w in params.items()}
+def joined(labels: dict, params: dict, kind: type) -> dict:
+    """The tree with the weights of every JOINED group in a module side by side, where all of them are matrices of one kind (jax.Array or Int8Rows)."""
+    new = {name: joined(labels[name], w, kind) if isinstance(w, dict) else w for name, w in params.items()}
     for names in JOINED:
-        if all(isinstance(params.get(name), jax.Array) and labels[name].is_matrix and not labels[name].batch and labels[name].inputs == labels[names[0]].inputs for name in names):
+        if all(isinstance(params.get(name), kind) and labels[name].is_matrix and not labels[name].batch and labels[name].inputs == labels[names[0]].inputs for name in names):
             new.update(zip(names, join([params[name] for name in names], len(labels[names[0]].inputs))))
     return new
 
 
-def output_first(label: Label, w: Any, tied: bool) -> Any:
+def rows_of(tied: bool, _name: str, label: Label, w: Any) -> Any:
+    """An Int8 matrix as Int8Rows, an embedding only where it is also the head; everything else as it is."""
+    if not isinstance(w, Int8) or label.batch or (label.inputs == ("vocab",) and not tied):
+        return w
+    if label.inputs == ("vocab",):
+        return Int8Rows(w.q, w.scale.reshape(-1), w.shape, 0)
+    count = len(label.inputs)
+    return Int8Rows(w.q.reshape(math.prod(w.shape[:count]), -1).T, w.scale.reshape(-1), w.shape, count)
+
+
+def output_first(tied: bool, _name: str, label: Label, w: Any) -> Any:
     """A matrix as a Transposed leaf; everything else as it is, tables among it unless the embedding is also the head."""
     if is_leaf(w) or not label.is_matrix or label.batch or label.inputs == ("position",) or (label.inputs == ("vocab",) and not tied):
         return w
@@ -82,9 +94,10 @@ def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
         if platform() != "cpu" or spread:
             return loose
         full = jnp.dtype(model.compute.dtype).itemsize == 4          # products of 16-bit numbers are fastest with every matrix [out, in]
-        turn = functools.partial(output_first, tied=full and model.config.tied)
-        return jax.tree.map(turn, known, joined(known, loose) if full else loose, is_leaf=lambda x: isinstance(x, Label) or is_leaf(x))
-    if not model.config.cycle and any(isinstance(x, Transposed | Joined) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
+        loose = joined(known, map_named(functools.partial(rows_of, model.config.tied), known, loose), Int8Rows)
+        turn = functools.partial(output_first, full and model.config.tied)
+        return map_named(turn, known, joined(known, loose, jax.Array) if full else loose)
+    if not model.config.cycle and any(isinstance(x, Int8Rows | Transposed | Joined) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
         return apart, params
     return apart, jax.jit(convert)(params)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.core import Compute, Layout, constrain, dot
+from llmjax.core import Compute, Layout, constrain, dot, free_axes
 from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, Layer, LinearAttention, MixtureOfExperts, Mlp, Norm
 from llmjax.models.attention import CrossAttention, MultiHeadAttention
 from llmjax.models.cache import Entry, WithSource
@@ -78,6 +78,18 @@ def pre_ffn(x, mix: Sub, feed: Sub, norm, s):
 WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel, "parallel_two_norms": parallel_two_norms, "after_sum": after_sum, "pre_ffn": pre_ffn}
 
 
+def divided(length: int, layout: Layout) -> bool:
+    """Whether the residual stream of this length is divided further than the tokens a mixer or feed-forward sees: norms and sums then run on a share of them, and each tensor-parallel
+    sum leaves as a reduce-scatter and comes back as an all-gather, together as many bytes as its all-reduce (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2)."""
+    _, axes, parts = free_axes("residual", layout.rules)
+    return axes != free_axes("length", layout.rules)[1] and length % parts == 0
+
+
+def whole_within(sub: Sub, layout: Layout) -> Sub:
+    """A mixer or feed-forward for such a stream."""
+    return lambda h: constrain(sub(constrain(h, "batch length .", layout.rules)), "batch residual .", layout.rules)
+
+
 class Block(Module):
     """x [B, T, D] -> ([B, T, D], the layer's cache, what it lends by name). `inputs` [B, T, P]: the layer's own, of models with LayerInputs."""
     layer: Layer
@@ -109,12 +121,13 @@ class Block(Module):
 
         def norm(name):
             return Normalize(self.norm, self.compute, name=name)
-        x = WIRINGS[layer.wiring](x, mix, feed, norm, layer.residual_scale, **({"cross": cross} if layer.cross else {}))
+        within = whole_within if divided(x.shape[1], self.layout) else lambda sub, layout: sub
+        x = WIRINGS[layer.wiring](x, within(mix, self.layout), within(feed, self.layout), norm, layer.residual_scale, **({"cross": within(cross, self.layout)} if layer.cross else {}))
         if inputs is not None:
             x = x + norm("norm_input_out")(self.own_input(x, inputs))
         if layer.output_scale:
             x = x * vector(self, "output_scale", "norm", (1,), 1.0).astype(x.dtype)[None, None]
-        return constrain(x, "batch length .", self.layout.rules), WithSource(*box) if isinstance(stored, WithSource) else box[0], lent
+        return constrain(x, "batch residual .", self.layout.rules), WithSource(*box) if isinstance(stored, WithSource) else box[0], lent
 
     def own_input(self, x: jax.Array, inputs: jax.Array) -> jax.Array:
         """inputs [B, T, P], gated by what x says of them -> [B, T, D]."""

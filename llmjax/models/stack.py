@@ -110,7 +110,7 @@ class Stack(Model):
                 x = self.embed_norm(x)
             if c.embed_dim not in (None, c.dim) and not c.embed_proj_first:
                 x = self.embed_proj(x)
-            return constrain(x, "batch length .", self.layout.rules)
+            return constrain(x, "batch residual .", self.layout.rules)
 
     def body(self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None, table: Any, token_types: jax.Array | None = None,
              prefix: jax.Array | None = None, **source: Any) -> tuple[jax.Array, Cache | None]:
@@ -182,7 +182,7 @@ class Stack(Model):
         x, said = pipeline.run(stage, self.variables["params"]["cycle"], known, x, context, self.layout, self.compute.dtype)
         if said:
             self.put_variable("aux", "cycle", said)
-        return constrain(x, "batch length .", self.layout.rules), None
+        return constrain(x, "batch residual .", self.layout.rules), None
 
     def straight(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         """What `self.cycle` computes without a cache, as straight code over constant slices of the stacked weights: measured a quarter faster in training on a CPU."""

@@ -53,13 +53,14 @@ SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))                 
 
 @dc.dataclass(frozen=True)
 class Topology:
-    """chip: its name. shape: the torus, or (nodes, GPUs in each)."""
+    """chip: its name. shape: the torus, or (nodes, GPUs in each). slices: how many such tori there are, joined by the network alone."""
     chip: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
@@ -71,7 +72,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        return f"{self.chip}:{'x'.join(map(str, self.shape))}"
+        return (f"{self.slices}x" if self.slices > 1 else "") + f"{self.chip}:{'x'.join(map(str, self.shape))}"
 
 
 def shapes(chip: str) -> list[tuple[int, ...]]:
@@ -84,26 +85,29 @@ def shapes(chip: str) -> list[tuple[int, ...]]:
 
 
 def topology(text: str) -> Topology:
-    """"v5p:4x4x8", or by count as the cloud names slices: "v5e-256" (chips), "v5p-128" (cores: two in a chip of v4 and v5p), "h100:8", "h100:4x8" (nodes × GPUs) -> Topology.
+    """"v5p:4x4x8", or by count as the cloud names slices: "v5e-256" (chips), "v5p-128" (cores: two in a chip of v4 and v5p); "2xv5e-256", two of them; "h100:8", "h100:4x8" (nodes × GPUs) -> Topology.
     Raises ConfigError for one that does not exist, with the names of those that do."""
-    found = re.fullmatch(r"([a-z0-9]+?)(?::([0-9]+(?:x[0-9]+)*)|-([0-9]+))", text.strip().lower())
-    chip = found[1].removeprefix("tpu") if found else text.split(":")[0].split("-")[0]
+    found = re.fullmatch(r"(?:([0-9]+)x(?=[a-z0-9]))?([a-z0-9]+?)(?::([0-9]+(?:x[0-9]+)*)|-([0-9]+))", text.strip().lower())
+    slices, chip, given, many = found.groups() if found else (None, text.split(":")[0].split("-")[0], None, None)
+    chip = chip.removeprefix("tpu")
     if chip not in CHIPS:
         raise ConfigError(f"--topology={text}: there is no chip {chip!r} in the table" + nearest(chip, CHIPS) + f"; topologies: {names()}")
     if not found:
         raise ConfigError(f"--topology={text}: a chip and a shape are wanted, as in v5p:4x4x8 or h100:2x8; topologies: {names(chip)}")
+    if slices is not None and (int(slices) < 1 or not CHIPS[chip].pod):
+        raise ConfigError(f"--topology={text}: {slices}x says how many slices of TPUs; of GPUs give nodes, as in {names(chip)}" if int(slices) else f"--topology={text}: 0 slices")
     if not CHIPS[chip].pod:
-        return gpus(text, chip, [int(n) for n in (found[2] or found[3]).split("x")])
+        return gpus(text, chip, [int(n) for n in (given or many).split("x")])
     known = shapes(chip)
-    if found[3]:
-        count = int(found[3]) // (2 if chip in ("v4", "v5p") else 1)
+    if many:
+        count = int(many) // (2 if chip in ("v4", "v5p") else 1)
         shape = next((s for s in known if math.prod(s) == count), ())
     else:
-        given = tuple(int(n) for n in found[2].split("x"))
-        shape = given + (1,) * (len(CHIPS[chip].pod) - len(given))
+        shape = tuple(int(n) for n in given.split("x"))
+        shape += (1,) * (len(CHIPS[chip].pod) - len(shape))
     if shape not in known:
         raise ConfigError(f"--topology={text}: there is no such slice of {chip}; {names(chip)}")
-    return Topology(chip, shape)
+    return Topology(chip, shape, int(slices or 1))
 
 
 def gpus(text: str, chip: str, numbers: list[int]) -> Topology:

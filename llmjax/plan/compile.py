@@ -16,11 +16,10 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
 
 from llmjax import train
 from llmjax.core import ConfigError, MissingExtra, RunConfig
-from llmjax.core.mesh import MESH_AXES, axis_sizes
+from llmjax.core.mesh import from_layout
 from llmjax.core.override import from_json, to_json
 from llmjax.plan import hlo, job
 from llmjax.plan.chips import CHIPS, Topology, topology
@@ -36,16 +35,15 @@ def devices(where: Topology) -> list[Any]:
     chip = CHIPS[where.chip]
     flat = len(chip.pod) == 2
     wrap = tuple(n == 16 for n in where.shape) + (False,) if flat else (min(where.shape) >= 4,) * 3
-    more = {"chip_config_name": "megacore"} if chip.ask in ("v4", "v5") else {}
+    more: dict[str, Any] = {"chip_config_name": "megacore"} if chip.ask in ("v4", "v5") else {}
     host = tuple(min(n, 2) for n in where.shape[:2]) + (1,)
+    more |= {"num_slices": where.slices} if where.slices > 1 else {}
     return list(topologies.get_topology_desc(f"{chip.ask}:{'x'.join(map(str, where.shape))}", platform="tpu", chips_per_host_bounds=host, wrap=wrap, **more).devices)
 
 
 def lower(config: RunConfig, where: Topology) -> Any:
     """The train step of `config` lowered for `where` (jax.stages.Lowered)."""
-    found = devices(where)
-    sizes = axis_sizes(config.layout.sizes(), len(found))
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=found)
+    mesh = from_layout(config.layout, devices(where))
     made = job.make(config, where, mesh)
     state, batch = made.state(), made.batch(mesh)
     step = train.make_step(made.model.apply, made.config.objective, made.optimizer, accumulate=config.accumulate, skip=config.guard.policy == "skip")

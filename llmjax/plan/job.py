@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llmjax import models, train
 from llmjax.core import ConfigError, RunConfig, batch_parts, batch_sharding, check_batch, shardings
-from llmjax.core.mesh import MESH_AXES, axis_sizes
+from llmjax.core.mesh import MESH_AXES, axis_sizes, check_slices
 from llmjax.core.model_config import LanguageHead
 from llmjax.core.run_config import in_steps
 from llmjax.plan.chips import Topology
@@ -72,6 +72,7 @@ def make(config: RunConfig, topology: Topology | None, mesh: Any = None) -> Job:
     wanted = config.layout.sizes()
     count = topology.devices if topology else _product(wanted)
     sizes: dict[str, Any] = axis_sizes(wanted, count)
+    check_slices(topology.slices if topology else 1, sizes, config.layout.dcn)
     if mesh is None:
         kind = AbstractDevice("TPU v5p" if topology is None or topology.is_tpu else "NVIDIA H100", 1, "tpu" if topology is None or topology.is_tpu else "gpu")
         mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), abstract_device=kind)

@@ -57,6 +57,18 @@ def link_speed(job: Job, chip: Chip, axes: str) -> float:
     return chip.network
 
 
+def wire_seconds(job: Job, chip: Chip, axes: str, size: float) -> float:
+    """How long a device sends `size` bytes over these axes. Where one of them goes across s slices, a ring of n devices has (s - 1) / (n - 1) of what each sends on the network between
+    them (a reduction within each slice first); stages hand everything on, so the devices at a slice's end send all of it there."""
+    assert job.topology
+    s, across = job.topology.slices, job.config.layout.dcn
+    if s == 1 or across not in axes.split("+"):
+        return size / link_speed(job, chip, axes)
+    n = math.prod(job.mesh.shape[a] for a in axes.split("+"))
+    slow = 1.0 if across == "stage" else (s - 1) / (n - 1)
+    return slow * size / chip.network + (1 - slow) * size / chip.share("link")
+
+
 def step_time(job: Job, found: dict[str, float]) -> dict[str, Any]:
     """-> seconds of a step by what takes them, their bound, and how far it is from the arithmetic alone (mfu, hfu at the bound)."""
     assert job.topology
@@ -65,7 +77,7 @@ def step_time(job: Job, found: dict[str, float]) -> dict[str, Any]:
     peak = chip.share("flops") * (0.5 if job.config.compute.dtype == "float32" else 1.0)
     sent = traffic.per_axis(job)
     seconds = {"compute": tokens * executed(job) / peak, "memory": hbm_bytes(job, found) / chip.share("bandwidth"),
-               "network": sum(size / link_speed(job, chip, axes) for axes, size in sent.items())}
+               "network": sum(wire_seconds(job, chip, axes, size) for axes, size in sent.items())}
     seconds["compute"] /= 1 - bubble(job.config.layout, job.mesh.shape["stage"])
     bound = max(seconds.values())
     useful = tokens * train.flops_per_token(job.model, job.config.context) / peak

@@ -44,9 +44,9 @@ def knobs(job: Job) -> Iterator[tuple[str, RunConfig]]:
             new = {take: sizes[take] // 2, give: sizes[give] * 2}
             yield " ".join(f"--config.layout.{k}={v}" for k, v in new.items()), changed(config, new)
     if job.topology is not None and job.topology.is_tpu:
-        bigger = next((s for s in chips.shapes(job.topology.chip) if chips.Topology(job.topology.chip, s).chips == 2 * job.topology.chips), None)
+        bigger = next((t for s in chips.shapes(job.topology.chip) if (t := dc.replace(job.topology, shape=s)).chips == 2 * job.topology.chips), None)
         if bigger:
-            yield f"--topology={Topology(job.topology.chip, bigger).name} --config.layout.fsdp={2 * sizes['fsdp']}", changed(config, {"fsdp": 2 * sizes["fsdp"]})
+            yield f"--topology={bigger.name} --config.layout.fsdp={2 * sizes['fsdp']}", changed(config, {"fsdp": 2 * sizes["fsdp"]})
 
 
 def advice(job: Job, total: float) -> list[dict[str, Any]]:

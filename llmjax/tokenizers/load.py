@@ -7,6 +7,12 @@ from llmjax.tokenizers import sentencepiece, wordpiece
 from llmjax.tokenizers.tokenizer import Tokenizer
 
 ROLES = ("bos", "eos", "pad", "unk")
+SETTINGS = dict(                       # what tokenizer_config.json means where it does not say
+    legacy=True,                       # SentencePiece's first space stands before every text, not before the first piece alone
+    add_bos_token=False, add_eos_token=False,                                      # SentencePiece
+    do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True,           # WordPiece; strip_accents None: as do_lower_case
+    chat_template=None, added_tokens_decoder={})
+TOKEN = dict(lstrip=False, rstrip=False, normalized=False, special=True)           # an added token's marks
 
 
 def load(path) -> Tokenizer:
@@ -43,26 +49,22 @@ def _read_json(path: pathlib.Path) -> dict:
 
 
 def _folder(folder: pathlib.Path) -> Tokenizer:
-    config = _read_json(folder / "tokenizer_config.json")
+    config = SETTINGS | _read_json(folder / "tokenizer_config.json")
     marks = _read_json(folder / "special_tokens_map.json")
-    names = {}
-    for role in ROLES:
-        value = config.get(f"{role}_token") or marks.get(f"{role}_token")
-        names[role] = value["content"] if isinstance(value, dict) else value
+    text = lambda token: token["content"] if isinstance(token, dict) else token
+    names = {role: text(config.get(f"{role}_token") or marks.get(f"{role}_token")) for role in ROLES}
     templates = _templates(folder, config)
     models = [folder / name for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model") if (folder / name).is_file()]
     if (folder / "tokenizer.json").is_file():
         backend = _json(folder / "tokenizer.json")
     elif models:
-        whole = "first" if config.get("legacy") is False else "always"  # transformers' name for where SentencePiece's first space stands
-        read = sentencepiece.read(models[0], add_bos=bool(config.get("add_bos_token", False)), add_eos=bool(config.get("add_eos_token", False)), prefix_scheme=whole)
+        whole = "first" if config["legacy"] is False else "always"       # null means true there
+        read = sentencepiece.read(models[0], add_bos=bool(config["add_bos_token"]), add_eos=bool(config["add_eos_token"]), prefix_scheme=whole)
         backend = read.backend
         names = {role: text or read._names[role] for role, text in names.items()}
     elif (folder / "vocab.txt").is_file():
-        marked = {role: config.get(f"{role}_token", marks.get(f"{role}_token")) for role in ("unk", "cls", "sep")}
-        told = {role: text["content"] if isinstance(text, dict) else text for role, text in marked.items() if text}
-        backend = wordpiece.read(folder / "vocab.txt", lower_case=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
-                                 chinese=config.get("tokenize_chinese_chars", True), **told)
+        told = {role: said for role in ("unk", "cls", "sep") if (said := text(config.get(f"{role}_token", marks.get(f"{role}_token"))))}
+        backend = wordpiece.read(folder / "vocab.txt", lower_case=config["do_lower_case"], strip_accents=config["strip_accents"], chinese=config["tokenize_chinese_chars"], **told)
         names = {"pad": "[PAD]" if backend.token_to_id("[PAD]") is not None else None, "unk": told.get("unk", "[UNK]")} | {role: text for role, text in names.items() if text}
     else:
         present = sorted(p.name for p in folder.iterdir())[:8]
@@ -74,12 +76,11 @@ def _folder(folder: pathlib.Path) -> Tokenizer:
 def _add_missing(backend, config: dict, added: dict, folder: pathlib.Path):
     """Tokens that only the configuration lists (SentencePiece repositories put theirs there), each at the id it names."""
     from tokenizers import AddedToken
-    listed = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()} | {int(id): {"content": text} for text, id in added.items()}
+    listed = {int(id): token for id, token in config["added_tokens_decoder"].items()} | {int(id): {"content": text} for text, id in added.items()}
     for id, token in sorted(listed.items()):
         text = token["content"]
         if backend.token_to_id(text) is None:
-            backend.add_tokens([AddedToken(text, lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False), normalized=token.get("normalized", False),
-                                           special=token.get("special", True))])
+            backend.add_tokens([AddedToken(text, **{mark: token.get(mark, usual) for mark, usual in TOKEN.items()})])
         if backend.token_to_id(text) != id:
             raise CheckpointError(f"{folder}: added token {text!r} is said to be {id}, but stands at {backend.token_to_id(text)} in the vocabulary: "
                                   "the files do not belong together")
@@ -92,7 +93,7 @@ def _templates(folder: pathlib.Path, config: dict) -> str | dict[str, str] | Non
     if single.is_file():
         found["default"] = single.read_text(encoding="utf-8")
     if not found:
-        value = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+        value = config["chat_template"] or _read_json(folder / "chat_template.json").get("chat_template")
         if not isinstance(value, list):
             return value
         found = {entry["name"]: entry["template"] for entry in value}

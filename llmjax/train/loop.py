@@ -51,6 +51,8 @@ class Loop:
     peak_flops: float
     learning_rate: Callable[[int], float]
     frozen: Any = None
+    replicas: CheckpointStore | None = None      # where copies go between checkpoints, every `replicate_every` steps
+    replicate_every: int = 1
     enter: Callable[[int | None], None] = lambda step: None      # told which step begins; None: something that may take long
 
 
@@ -122,11 +124,12 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
             waiting = done, metrics
             evaluating = loop.evaluate is not None and (done == loop.total or (loop.eval_every and done % loop.eval_every == 0))
             saving = done == loop.total or (loop.checkpoint_every and done % loop.checkpoint_every == 0)
-            if saving or evaluating:
+            copying = loop.replicas is not None and not saving and done % loop.replicate_every == 0
+            if saving or evaluating or copying:
                 settle()
                 loop.enter(None)
-            if saving:
-                save(loop, done, state, place)
+            if saving or copying:
+                save(loop, done, state, place, copying)
             if evaluating:
                 with clock.paused():
                     found = {f"eval_{k}": v for k, v in loop.evaluate(state.params).items()}      # type: ignore[misc]
@@ -143,14 +146,16 @@ def run(loop: Loop, state: State) -> tuple[State, bool]:
     return state, done >= loop.total
 
 
-def save(loop: Loop, done: int, state: State, place: Any) -> None:
-    """`place` is the loader's state after the batch of step `done` was taken; None: nothing was done since the last checkpoint."""
+def save(loop: Loop, done: int, state: State, place: Any, copying: bool = False) -> None:
+    """`place` is the loader's state after the batch of step `done` was taken; None: nothing was done since the last checkpoint. copying: to this host's own disk."""
     if place is None:
         return
     try:
-        loop.store.save(done, state, {"loader": place, "watch": loop.watch.state()})
+        store = loop.replicas if copying else loop.store
+        assert store is not None
+        store.save(done, state, {"loader": place, "watch": loop.watch.state()})
     except CheckpointError as error:
-        if jax.process_count() > 1:    # the others have this checkpoint, or wait for it
+        if jax.process_count() > 1 and not copying:    # the others have this checkpoint, or wait for it
             raise
         loop.console.say(f"step {done}: {error}; training goes on")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmjax import cli, run, settings
-from llmjax.core import ConfigError, MissingExtra
+from llmjax.core import ConfigError, MissingExtra, make_mesh
 from llmjax.plan import chips, compile, hlo
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -98,6 +98,16 @@ def test_a_small_run_compiles(tmp_path):
     text = (tmp_path / "program.hlo").read_text()
     heads = [line for line in text.splitlines() if " all-gather(" in line and "[2048,1024]" in line.split(" all-gather(")[0] and "jvp()" in line]
     assert len({line.split("channel_id=")[1].split(",")[0] for line in heads}) == 1                # once, whatever the chunks
+
+
+@needs_libtpu
+def test_meshes_of_tpus_that_are_not_there(monkeypatch):
+    for name, value in compile.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    mesh = make_mesh(data=1, fsdp=8, expert=8, devices=compile.devices(chips.topology("v5p:4x4x4")))          # neither is a dimension of the torus
+    assert mesh.shape["fsdp"] == mesh.shape["expert"] == 8 and len({d.id for d in mesh.devices.flat}) == 64
+    grid = make_mesh(data=2, fsdp=8, devices=compile.devices(chips.topology("2xv5e:2x4"))).devices.reshape(2, 8)
+    assert [{d.slice_index for d in row} for row in grid] == [{0}, {1}]
 
 
 @needs_libtpu

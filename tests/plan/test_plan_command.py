@@ -40,6 +40,8 @@ def test_kept_activations_under_full_remat_are_the_layers_inputs():
     _, found = big("compute.remat=full")
     inputs = 32 * 4 * 2048 * 4096 * 2
     assert inputs <= found["activations"] < 1.2 * inputs               # and what stands before the last norm, the tables of sines
+    _, parted = big("compute.remat=full", "layout.fsdp=16", "layout.tensor=4")                # 16 rows a device, each a quarter of its length: as much
+    assert inputs <= parted["activations"] < 1.2 * inputs
 
 
 def test_less_remat_keeps_more_and_costs_less_time():
@@ -125,9 +127,22 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("text, devices", [("v5p:4x4x8", 128), ("v5p-128", 64), ("v5e-256", 256), ("v4:2x2x1", 4), ("7x:2x2x1", 8), ("tpu7x:4x4x4", 128),
-                                           ("h100:8", 8), ("h100:16", 16), ("a100:3x8", 24), ("V6E:2x4", 8)])
+                                           ("h100:8", 8), ("h100:16", 16), ("a100:3x8", 24), ("V6E:2x4", 8), ("2xv5e-256", 512), ("3x7x:4x4x4", 384)])
 def test_topologies(text, devices):
-    assert chips.topology(text).devices == devices
+    found = chips.topology(text)
+    assert found.devices == devices and chips.topology(found.name) == found
+
+
+def test_slices_talk_over_the_network():
+    apart, _ = plan(TINY, "layout.data=2", "layout.fsdp=4", "batch_size=8", topology="2xv5e:2x2")
+    chip, ring = chips.CHIPS["v5e"], 2 * 7 / 8 * 1e9                              # an all-reduce of 1 GB over both slices' eight
+    slow = 2 * 1 / 2 * 1e9 / 4                                                    # across: an all-reduce of each of four's share, between two
+    assert roofline.wire_seconds(apart, chip, "data+fsdp", ring) == pytest.approx(slow / chip.network + (ring - slow) / chip.link)
+    assert roofline.wire_seconds(apart, chip, "fsdp", 1e9) == pytest.approx(1e9 / chip.link)
+    with pytest.raises(ShardingError, match="2 slices do not divide data=1"):
+        plan(TINY, "layout.data=1", "layout.fsdp=8", "batch_size=8", topology="2xv5e:2x2")
+    with pytest.raises(ConfigError, match="2x says how many slices of TPUs"):
+        chips.topology("2xh100:8")
 
 
 def test_command_line(capsys, tmp_path):
