@@ -65,6 +65,15 @@ def test_beams_are_the_same_alone_and_among_others(made):
     assert [c.ids for c in decode.beam_search(model, params, None, PROMPTS, **{**knobs, "beams": 1, "early_stopping": True})] == [c.ids for c in greedy]
 
 
+def test_an_encoder_decoder_speculates(made):
+    """T5's greedy text with guesses copied from its source, of its first layer, and of itself: token for token the plain one."""
+    _, model, params = made["t5"]
+    knobs = dict(max_new_tokens=10, stop=[5])
+    plain = decode.complete(model, params, None, PROMPTS, **knobs)
+    for draft in (decode.NGram(3, 2), decode.EarlyExit(1, 2), decode.DraftModel(model, params, 2)):
+        assert [c.ids for c in decode.complete(model, params, None, PROMPTS, draft=draft, **knobs)] == [c.ids for c in plain]
+
+
 def tiny(seed=0):
     model = Decoder(ModelConfig(V, 32, cycle=(Layer(Attention(2, 1, 16, Rope()), Mlp(48)),), repeats=2, tied=True, context=64), Compute("float32"))
     return model, jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(seed)))
