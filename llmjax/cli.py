@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template as a user's turn")
     p.add_argument("--n", type=int, default=1, help="continuations per prompt (1)")
     p.add_argument("--best-of", "--best_of", type=int, help="draw so many per prompt and give the n most probable")
+    p.add_argument("--beams", type=int, help="search with so many beams instead of drawing; the n best are given")
+    p.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary whose guesses save calls of the model")
+    p.add_argument("--ngram", type=int, metavar="TOKENS", help="guess so many tokens at a time from the text so far, which saves calls of the model")
     p.add_argument("--json-schema", "--json_schema", metavar="FILE.json", help="answers are JSON that fits this schema")
     p.add_argument("--regex", metavar="PATTERN", help="answers match this regular expression")
     p.add_argument("--lark", metavar="FILE", help="answers follow this Lark grammar")
@@ -273,7 +276,8 @@ def on_generate(args: argparse.Namespace, _: list[str]) -> int:
         raise ValueError("give --prompt=TEXT (once or more) or --prompts=FILE.jsonl")
     prompts = args.prompt or run.read_prompts(args.prompts)
     grammar = run.read_grammar(json_schema=args.json_schema, regex=args.regex, lark=args.lark, choice=args.choice)
-    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, grammar=grammar, **knobs(args)):
+    for done in run.generate(args.model, prompts, chat=args.chat, batch_size=args.batch_size, n=args.n, best_of=args.best_of, grammar=grammar, beams=args.beams, draft=args.draft, ngram=args.ngram,
+                             **knobs(args)):
         if args.json or args.prompts:
             print(json.dumps(done, ensure_ascii=False), flush=True)
         else:

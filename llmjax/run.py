@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import functools
 import json
 import os
 import pathlib
@@ -234,17 +235,30 @@ def read_grammar(*, json_schema: str | None = None, regex: str | None = None, la
 
 
 def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, quantize: str | None = None,
-             **knobs: Any) -> Iterator[dict[str, Any]]:
+             beams: int | None = None, draft: str | None = None, ngram: int | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
     """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer; call decode.generate with ids from Python")
     module, params = decode.prepare(module, params)
     n = knobs.get("n", 1)
+    if beams is not None:
+        alone = [name for name in ("best_of", "grammar") if knobs.pop(name, None) is not None] + [name for name, value in (("draft", draft), ("ngram", ngram)) if value is not None]
+        if alone:
+            raise ConfigError(f"--beams and --{alone[0].replace('_', '-')} do not go together: leave one out")
+        knobs = {k: v for k, v in knobs.items() if k not in ("seed", "temperature")} | ({"temperature": knobs["temperature"]} if knobs.get("temperature") else {})
+        answer = functools.partial(decode.beam_search, beams=beams)
+    else:
+        if draft is not None and ngram is not None:
+            raise ConfigError("--draft and --ngram do not go together: leave one out")
+        guesses: decode.Draft | None = None if ngram is None else decode.NGram(ngram)
+        if draft is not None:
+            guesses = decode.DraftModel(*pretrained.load(draft, dtype=dtype or usual_dtype())[:2])
+        answer = functools.partial(decode.complete, draft=guesses)
     for begin in range(0, len(prompts), batch_size):
         texts = prompts[begin:begin + batch_size]
         rows = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts] if chat else texts
-        for i, done in enumerate(decode.complete(module, params, tokenizer, rows, **knobs)):
+        for i, done in enumerate(answer(module, params, tokenizer, rows, **knobs)):
             yield {"prompt": texts[i // n], "text": done.text, "finish": done.finish, "tokens": len(done.ids)}
 
 

@@ -1,4 +1,6 @@
 """Decoding: pure functions over an explicit cache, samplers, and generation from texts or ids."""
+from llmjax.decode.beam import beam_search
+from llmjax.decode.contrastive import contrastive_search
 from llmjax.decode.embed import embed
 from llmjax.decode.generate import complete, generate, stream
 from llmjax.decode.grammar import Choice, Constraint, Grammar, JsonSchema, Lark, Matcher, Regex
@@ -11,10 +13,10 @@ from llmjax.decode.sampling import Sampling, best_logprobs, distribution, logpro
 from llmjax.decode.score import Score, score
 from llmjax.decode.session import Session
 from llmjax.decode.speculative import Draft, DraftModel, EarlyExit, NGram
-from llmjax.decode.steps import Decoding, begin, can_rewind, copy_pages, decode_step, grow, init_cache, init_evicting, init_paged, loop, prefill, repeat_rows, rewind
+from llmjax.decode.steps import Decoding, begin, can_rewind, copy_pages, decode_step, grow, init_cache, init_evicting, init_paged, loop, prefill, repeat_rows, rewind, take_rows
 from llmjax.models import HeavyHitters, Streaming
 
 __all__ = ["Choice", "Completion", "Constraint", "Decoding", "Draft", "DraftModel", "EarlyExit", "Grammar", "HeavyHitters", "History", "JsonSchema", "Lark", "Matcher", "NGram",
-           "Pages", "Regex", "Sampling", "Score", "Session", "Streaming", "begin", "best_logprobs", "cache_bytes", "can_rewind", "complete", "copy_pages", "decode_step",
-           "distribution", "embed", "generate", "grow", "hashes", "init_cache", "init_evicting", "init_paged", "logprobs_of", "loop", "make_cache", "make_sampling", "prefill",
-           "prepare", "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream", "unstack"]
+           "Pages", "Regex", "Sampling", "Score", "Session", "Streaming", "beam_search", "begin", "best_logprobs", "cache_bytes", "can_rewind", "complete", "contrastive_search",
+           "copy_pages", "decode_step", "distribution", "embed", "generate", "grow", "hashes", "init_cache", "init_evicting", "init_paged", "logprobs_of", "loop", "make_cache",
+           "make_sampling", "prefill", "prepare", "repeat_rows", "rewind", "row_keys", "sample", "score", "stack", "start_history", "stream", "take_rows", "unstack"]

@@ -1,6 +1,6 @@
 """Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU matrices as a matrix-vector product reads them fastest: [out, in]; in float32, where several
-take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it; int8 weights as rows [out, in], side by side
-too.
+take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it; int8 weights
+as rows [out, in], side by side too.
 
 Training keeps layers stacked for `nn.scan`; slicing a stack inside the token loop would copy every weight every token.
 """

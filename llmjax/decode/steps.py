@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -172,14 +173,24 @@ def grow(model: Decoder, cache: Cache, length: int) -> Cache:
     return grow_cache(model.config, cache, length)
 
 
+def on_rows(change: Callable[[jax.Array, int], jax.Array], cache: Cache) -> Cache:
+    """change(array, the number of its axis of rows) on everything a contiguous cache holds."""
+    layers = {part: jax.tree.map(lambda x, axis=int(part == "cycle"): change(x, axis), kept) for part, kept in cache.layers.items()}
+    slots, kept, source = (jax.tree.map(lambda x: change(x, 0), tree) for tree in (cache.slots, cache.kept, cache.source))
+    return dc.replace(cache, layers=layers, slots=slots, kept=kept, source=source)
+
+
+def take_rows(cache: Cache, index: jax.Array) -> Cache:
+    """The rows at index [n] int32; one may come several times. Raises ConfigError for a paged cache."""
+    check_contiguous(cache, "take_rows", "name the same pages in several rows of its table")
+    return on_rows(lambda x, axis: jnp.take(x, index, axis), cache)
+
+
 @functools.partial(jax.jit, static_argnames="times")
 def repeat_rows(cache: Cache, times: int) -> Cache:
     """Each row `times` times in a row: one prompt, several continuations. Raises ConfigError for a paged cache, whose rows share pages instead."""
     check_contiguous(cache, "repeat_rows", "name the same pages in several rows of its table")
-    def on(axis):
-        return lambda x: jnp.repeat(x, times, axis)
-    layers = {part: jax.tree.map(on(1 if part == "cycle" else 0), kept) for part, kept in cache.layers.items()}
-    return dc.replace(cache, layers=layers, slots=jax.tree.map(on(0), cache.slots), kept=jax.tree.map(on(0), cache.kept), source=jax.tree.map(on(0), cache.source))
+    return on_rows(lambda x, axis: jnp.repeat(x, times, axis), cache)
 
 
 def check_contiguous(cache: Cache, what: str, instead: str) -> None:

@@ -139,6 +139,12 @@ def labels(model: Module) -> Any:
     return jax.tree.map(lambda b: b.label, boxed_params(model), is_leaf=is_labeled)
 
 
+def stacked_labels(module: Module, *args: Any) -> Any:
+    """The labels of the parameters that `module` makes when it is called with `args`, of many of it stacked."""
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+    return jax.tree.map(lambda b: b.label.stacked(), boxed, is_leaf=is_labeled)
+
+
 def init_params(model: Module, key: jax.Array, shardings: Any = None) -> Any:
     """Fresh parameters as nested dicts of arrays, each drawn straight in its sharded place when `shardings` (a tree of NamedSharding) is given. A parameter's numbers depend on
     its name and the key alone, not on the mesh."""

@@ -21,7 +21,7 @@ from llmjax.models.cache import Cache
 from llmjax.models.context import Context, make_context
 from llmjax.models.layer import Block, Cycle
 from llmjax.models.layer_inputs import OwnInputs
-from llmjax.models.module import Model, Module, Start, along, compact, labels, rematerialised, scan, vector, weight
+from llmjax.models.module import Model, Module, Start, along, compact, rematerialised, scan, stacked_labels, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.paged import restart
 from llmjax.models.relative import Distances, bucket_bias, row_index
@@ -182,7 +182,7 @@ class Stack(Model):
                 (x, _), said = trip.apply({"params": w}, x, None, context, mutable=asked)
                 return x, said.get("aux")
             return jax.lax.scan(one, x, weights)
-        known = labels(self.clone(parent=None, name=None))["cycle"]
+        known = stacked_labels(trip, x, None, context)
         x, said = pipeline.run(stage, self.variables["params"]["cycle"], known, x, context, self.layout, self.compute.dtype)
         if said:
             self.put_variable("aux", "cycle", said)

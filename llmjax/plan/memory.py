@@ -59,9 +59,9 @@ def one_device(platform: str) -> AbstractMesh:
 
 
 @functools.lru_cache(maxsize=256)
-def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, platform: str) -> tuple[int, int, int]:
+def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, platform: str, parts: int = 1) -> tuple[int, int, int]:
     """What the backward pass of [rows, length] tokens keeps of everything before the head. -> (bytes of activations, of weights in another dtype than they are stored in, and of activations
-    in the host's memory)."""
+    in the host's memory). parts: over how many devices the residual stream is divided once more, where it is all that is kept."""
     model = models.Decoder(config, compute)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
@@ -76,6 +76,8 @@ def residuals(config: ModelConfig, compute: Compute, rows: int, length: int, pla
     weights = activations = host = 0
     for v in {id(v): v for v in jaxpr.outvars if id(v) not in given and not hasattr(v, "val")}.values():
         size = math.prod(v.aval.shape) * (v.aval.dtype.itemsize if hasattr(v.aval.dtype, "itemsize") else 8)
+        if v.aval.shape[-3:] == (rows, length, config.dim) and compute.remat in ("full", "offload"):
+            size //= parts
         cast = id(v) in made and made[id(v)].primitive.name == "convert_element_type" and all(id(u) in given for u in made[id(v)].invars)
         if getattr(v.aval, "memory_space", None) == jax.memory.Space.Host:
             host += size
@@ -111,7 +113,7 @@ def estimate(job: Job) -> dict[str, float]:
     platform = "tpu"                   # a GPU's attention keeps the same arrays, and its kernel cannot be traced without one
     share, length = local(config.model, job), config.context // job.over("length")
     item = jnp.dtype(compute.dtype).itemsize
-    kept, _, host = residuals(share, compute, 1, length, platform)
+    kept, _, host = residuals(share, compute, 1, length, platform, job.over("residual") // job.over("length"))
     working, _, _ = residuals(layers_alone(share), dc.replace(compute, remat=None), 1, length, platform)
     V, D = config.model.vocab_size // job.over("vocab"), config.model.dim
     chunk = min(getattr(config.objective, "chunk", None) or max(1, CHUNK // job.rows), length)

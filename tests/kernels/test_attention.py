@@ -243,3 +243,17 @@ def test_sharded():
             run(splash, *case("causal", T=128, S=128))
         with pytest.raises(ValueError, match="3 batch do not divide"):
             run(wrap(blockwise), *case("causal", B=3))
+
+
+def test_no_axis_is_left_automatic_around_a_kernel():
+    """Within a stage's own shard_map the other axes may all be of one device: the compiler refuses a TPU kernel beside them all the same."""
+    mesh, seen = jax.make_mesh((2, 1), ("stage", "tensor"), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 2), []
+
+    def kernel(q, k, v, **_):
+        seen.append(set(jax.sharding.get_abstract_mesh().manual_axes))
+        return q
+    x = jnp.zeros((2, 4, 2, 8))
+    with jax.set_mesh(mesh):
+        inner = lambda x: sharded(kernel, batch=("data",), heads=("tensor",))(x, x, x)
+        jax.eval_shape(jax.shard_map(inner, in_specs=jax.sharding.PartitionSpec("stage"), out_specs=jax.sharding.PartitionSpec("stage"), axis_names={"stage"}, check_vma=False), x)
+    assert seen == [{"stage", "tensor"}]

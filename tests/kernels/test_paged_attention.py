@@ -64,3 +64,14 @@ def test_values_inside_keys_and_sixteen_bits():
     half = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in args]
     got = jax.jit(lambda *a: paged(*a, softcap=None, scale=0.3))(*half)
     assert got.dtype == jnp.bfloat16 and float(jnp.abs(got.astype(jnp.float32) - dense(*args, softcap=None, scale=0.3)).max()) < 0.05      # 8 bits of mantissa
+
+
+def test_mutations_are_caught():
+    args, _, _ = made()
+    want = dense(*args, rule=Rule(window=6), softcap=None, scale=0.3)
+    q, k, v, table, positions, used = args
+    others = {"a longer window": dense(*args, rule=Rule(window=7), softcap=None, scale=0.3), "another scale": dense(*args, rule=Rule(window=6), softcap=None, scale=0.33),
+              "a page of somebody else": dense(q, k, v, table.at[0, 6].set(table[2, 0]), positions, used, rule=Rule(window=6), softcap=None, scale=0.3),
+              "a query one position early": dense(q, k, v, table, jnp.maximum(positions - 1, 0), used, rule=Rule(window=6), softcap=None, scale=0.3)}
+    for name, other in others.items():
+        assert float(jnp.abs(other - want).max()) > 1e-3, name                # five hundred times what the comparison above allows

@@ -112,6 +112,8 @@ def test_streaming_is_the_paper_whatever_the_pieces(arrays, sinks, window, alibi
         entry = Sinks(*(jnp.full((B, policy.size, K, H), 7.0) for _ in range(2)))
         blank = Slots(*(jnp.zeros((B, policy.size), jnp.int32) for _ in range(2)))
         got, _ = over_pieces(step, entry, blank, policy, arrays, pieces)
+        wider = streaming_twin(*(x[1] for x in arrays), sinks, window + 1, slopes)
+        assert np.abs(got[1] - wider).max() > 1e-2                            # one token more shows
         np.testing.assert_allclose(got, want, atol=3e-5)                      # float32 rotations by places up to 23 on both sides of a softmax
 
 

@@ -40,6 +40,8 @@ def test_kept_activations_under_full_remat_are_the_layers_inputs():
     _, found = big("compute.remat=full")
     inputs = 32 * 4 * 2048 * 4096 * 2
     assert inputs <= found["activations"] < 1.2 * inputs               # and what stands before the last norm, the tables of sines
+    _, parted = big("compute.remat=full", "layout.fsdp=16", "layout.tensor=4")                # 16 rows a device, each a quarter of its length: as much
+    assert inputs <= parted["activations"] < 1.2 * inputs
 
 
 def test_less_remat_keeps_more_and_costs_less_time():

@@ -58,7 +58,7 @@ def sharded(implementation: Callable, *, batch: Sequence[str] = (), heads: Seque
         mesh = jax.sharding.get_abstract_mesh()
         free = [] if mesh.empty else [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
         where = dict(query_positions=query_positions, key_positions=key_positions, query_segments=query_segments, key_segments=key_segments)
-        if math.prod(mesh.shape[axis] for axis in free) == 1:
+        if not free or mesh.size == 1:             # an automatic axis of one device counts: a TPU's kernel beside it is refused
             return implementation(q, k, v, **where, sinks=sinks, slopes=slopes, **settings)
         rows, cols, cuts = (tuple(axis for axis in axes if axis in free) for axes in (batch, heads, length))
         parts = math.prod(mesh.shape[axis] for axis in cols)
