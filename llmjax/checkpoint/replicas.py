@@ -79,17 +79,18 @@ class Replicas:
 
     def newest(self, like: Any) -> Found | None:
         """The newest step whose pieces, as `like` (a state of ShapeDtypeStructs with shardings) lies on the devices, are all on some host; the same on all processes, which all must ask."""
-        mine = {"pieces": pieces(flat_state(like)), "steps": self._steps(pieces(flat_state(like)))}
+        name = pieces(flat_state(like))
+        mine: tuple[str, list[int]] = name, self._steps(name)
         said = [json.loads(line) for line in exchange("replicas", json.dumps(mine))] if jax.process_count() > 1 else [mine]
-        there: dict[str, dict[int, int]] = {one["pieces"]: {} for one in said}           # which process has a step of which pieces: the first that does
-        for index, one in enumerate(said):
-            for step in one["steps"]:
-                there[one["pieces"]].setdefault(step, index)
+        there: dict[str, dict[int, int]] = {held: {} for held, _ in said}                # which process has a step of which pieces: the first that does
+        for index, (held, steps_there) in enumerate(said):
+            for step in steps_there:
+                there[held].setdefault(step, index)
         steps = set.intersection(*(set(by) for by in there.values()))
         if not steps:
             return None
         step = max(steps)
-        return Found(step, frozenset(by[step] for by in there.values()), all(step in one["steps"] for one in said))
+        return Found(step, frozenset(by[step] for by in there.values()), all(step in steps_there for _, steps_there in said))
 
     def restore(self, found: Found, like: Any) -> tuple[Any, dict[str, Any]]:
         """(state, extra) of a step that `newest` found, bit for bit; all processes must ask. Raises CheckpointError for a damaged copy."""
@@ -154,7 +155,8 @@ def mended(x: jax.Array, holders: frozenset[int], place: NamedSharding) -> jax.A
     """An array whose replicas differ, those of the processes `holders` being right -> the same at `place` (in another memory perhaps) with all of them right, bit for bit."""
     mesh = place.mesh
     first: dict[tuple, Any] = {}                                                  # of each piece the device that gives it
-    for device, index in sorted(place.devices_indices_map(x.shape).items(), key=lambda item: item[0].id):
+    by_device: dict[Any, Any] = dict(place.devices_indices_map(x.shape))
+    for device, index in sorted(by_device.items(), key=lambda item: item[0].id):
         if device.process_index in holders:
             first.setdefault(spans(index, x.shape), device)
     gives = np.vectorize(lambda d: d in first.values(), otypes=[bool])(mesh.devices)

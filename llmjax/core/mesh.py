@@ -239,7 +239,8 @@ def constrain(x: jax.Array, axes: str, rules: Rules = RULES) -> jax.Array:
         return x
     spec: list[Any] = []
     for word, length in zip(axes.split(), x.shape, strict=True):
-        mesh, chosen, _ = (None, (), 1) if word == "." else free_axes(word, rules)
+        chosen: tuple[str, ...]
+        mesh, chosen, _ = (jax.sharding.get_abstract_mesh(), (), 1) if word == "." else free_axes(word, rules)
         while chosen and length % math.prod(mesh.shape[a] for a in chosen):
             chosen = chosen[:-1]
         spec.append(chosen or None)

@@ -88,7 +88,7 @@ def topology(text: str) -> Topology:
     """"v5p:4x4x8", or by count as the cloud names slices: "v5e-256" (chips), "v5p-128" (cores: two in a chip of v4 and v5p); "2xv5e-256", two of them; "h100:8", "h100:4x8" (nodes × GPUs) -> Topology.
     Raises ConfigError for one that does not exist, with the names of those that do."""
     found = re.fullmatch(r"(?:([0-9]+)x(?=[a-z0-9]))?([a-z0-9]+?)(?::([0-9]+(?:x[0-9]+)*)|-([0-9]+))", text.strip().lower())
-    slices, chip, given, many = found.groups() if found else (None, text.split(":")[0].split("-")[0], None, None)
+    slices, chip, given, many = found.groups() if found else ("", text.split(":")[0].split("-")[0], "", "")
     chip = chip.removeprefix("tpu")
     if chip not in CHIPS:
         raise ConfigError(f"--topology={text}: there is no chip {chip!r} in the table" + nearest(chip, CHIPS) + f"; topologies: {names()}")
@@ -97,13 +97,13 @@ def topology(text: str) -> Topology:
     if slices is not None and (int(slices) < 1 or not CHIPS[chip].pod):
         raise ConfigError(f"--topology={text}: {slices}x says how many slices of TPUs; of GPUs give nodes, as in {names(chip)}" if int(slices) else f"--topology={text}: 0 slices")
     if not CHIPS[chip].pod:
-        return gpus(text, chip, [int(n) for n in (given or many).split("x")])
+        return gpus(text, chip, [int(n) for n in (given or many or "").split("x")])
     known = shapes(chip)
     if many:
         count = int(many) // (2 if chip in ("v4", "v5p") else 1)
         shape = next((s for s in known if math.prod(s) == count), ())
     else:
-        shape = tuple(int(n) for n in given.split("x"))
+        shape = tuple(int(n) for n in (given or "").split("x"))
         shape += (1,) * (len(CHIPS[chip].pod) - len(shape))
     if shape not in known:
         raise ConfigError(f"--topology={text}: there is no such slice of {chip}; {names(chip)}")

@@ -7,7 +7,7 @@ from llmjax.tokenizers import sentencepiece, wordpiece
 from llmjax.tokenizers.tokenizer import Tokenizer
 
 ROLES = ("bos", "eos", "pad", "unk")
-SETTINGS = dict(                       # what tokenizer_config.json means where it does not say
+SETTINGS: dict = dict(                 # what tokenizer_config.json means where it does not say
     legacy=True,                       # SentencePiece's first space stands before every text, not before the first piece alone
     add_bos_token=False, add_eos_token=False,                                      # SentencePiece
     do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True,           # WordPiece; strip_accents None: as do_lower_case
