@@ -1,4 +1,4 @@
-"""benchmarks/results/*.json -> the table of the README, between its two markers.
+"""benchmarks/results/*.json -> the tables of the README, each between its two markers.
 
     python benchmarks/report.py            writes it into README.md
     python benchmarks/report.py --print    shows it
@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-MARKER = "<!-- benchmarks -->"
+MARKER, TPU = "<!-- benchmarks -->", "<!-- compiled for TPUs -->"
 ORDER = ("train_step", "decode", "data")
 
 
@@ -49,21 +49,37 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def put(text: str, made: str) -> str:
+def compiled(rows: list[dict]) -> str:
+    """What tpu_compile.py measured."""
+    lines = ["| full remat | HBM GB (MaxText) | sends GB (MaxText) | Mcycles (MaxText) |", "|---|---|---|---|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['error'][:120]} | | |")
+            continue
+        cells = [f"{row[k]:,.1f}" + (f" ({row['maxtext_' + k]:,.1f})" if f"maxtext_{k}" in row else "") for k in ("hbm_gb", "sent_gb", "mcycles")]
+        lines.append(f"| {row['what']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def put(text: str, made: str, marker: str = MARKER) -> str:
     """README text with `made` between its two markers. Raises ValueError where there are not two."""
-    parts = text.split(MARKER)
+    parts = text.split(marker)
     if len(parts) != 3:
-        raise ValueError(f"README.md: {MARKER} is wanted twice, it is there {len(parts) - 1} times")
-    return f"{parts[0]}{MARKER}\n{made}\n{MARKER}{parts[2]}"
+        raise ValueError(f"README.md: {marker} is wanted twice, it is there {len(parts) - 1} times")
+    return f"{parts[0]}{marker}\n{made}\n{marker}{parts[2]}"
+
+
+def tables(text: str) -> str:
+    """README text with all its tables."""
+    return put(put(text, table(results())), compiled(json.loads((ROOT / "benchmarks" / "results" / "tpu_compile.json").read_text())["cases"]), TPU)
 
 
 def main() -> None:
-    made = table(results())
-    if "--print" in sys.argv[1:]:
-        print(made)
-        return
     readme = ROOT / "README.md"
-    readme.write_text(put(readme.read_text(), made))
+    if "--print" in sys.argv[1:]:
+        print(table(results()))
+        return
+    readme.write_text(tables(readme.read_text()))
 
 
 if __name__ == "__main__":

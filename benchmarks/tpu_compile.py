@@ -8,11 +8,13 @@ flash attention, segment ids, FSDP over all chips, as here. HBM is arguments + t
 the compiler's estimate for what is neither kernel nor collective. Gaps of cycles below 5 % are noise.
 """
 import dataclasses as dc
+import importlib.metadata
 import json
 import sys
 import time
 
 from common import RESULTS, hardware, parser
+from report import compiled
 
 from llmjax import settings
 from llmjax.plan import compile, topology
@@ -28,6 +30,11 @@ class Case:
     rows: int
     context: int
     peer: tuple[float, float, float] | None = None
+
+    @property
+    def what(self) -> str:
+        where = topology(self.topology)
+        return f"{self.model}, {where.chips:,} chips of {where.chip}, {' × '.join(f'{axis} {size}' for axis, size in self.layout.items())}, {self.rows} × {self.context} tokens a chip"
 
 
 CASES = {
@@ -51,22 +58,11 @@ def measure(name: str) -> dict:
     except ValueError as error:
         return {"case": name, "error": str(error)}
     limit = CHIPS[where.chip].share("hbm")
-    row = {"case": name, "hbm_gb": found["hbm_bytes"] / 1e9, "peak_gb": found["peak_bytes"] / 1e9, "sent_gb": found["sent_bytes"] / 1e9, "mcycles": found["estimated_cycles"] / 1e6,
+    row = {"case": name, "what": case.what, "hbm_gb": found["hbm_bytes"] / 1e9, "peak_gb": found["peak_bytes"] / 1e9, "sent_gb": found["sent_bytes"] / 1e9, "mcycles": found["estimated_cycles"] / 1e6,
            "kernels": sum(found["kernels"].values()), "fits": min(found["hbm_bytes"], found["peak_bytes"]) <= limit, "seconds": time.perf_counter() - begun}
     if case.peer:
         row |= dict(zip(("maxtext_hbm_gb", "maxtext_sent_gb", "maxtext_mcycles"), case.peer))
     return {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| case | HBM GB (MaxText) | sends GB (MaxText) | Mcycles (MaxText) | compiled in |", "|---|---|---|---|---|"]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['case']} | {row['error'][:120]} | | | |")
-            continue
-        cells = [f"{row[k]:,.2f}" + (f" ({row['maxtext_' + k]:,})" if f"maxtext_{k}" in row else "") for k in ("hbm_gb", "sent_gb", "mcycles")]
-        lines.append(f"| {row['case']} | {' | '.join(cells)} | {row['seconds']:,.0f} s |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -80,9 +76,9 @@ def main() -> None:
     for name in args.cases or CASES:
         rows.append(measure(name))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = {"benchmark": "tpu_compile", "cases": rows, "hardware": hardware()}
+    found = {"benchmark": "tpu_compile", "cases": rows, "hardware": hardware(), "versions": {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "libtpu")}}
     print(json.dumps(found))
-    print(table(rows), file=sys.stderr)
+    print(compiled(rows), file=sys.stderr)
     if args.save:
         file = RESULTS / "tpu_compile.json"
         kept = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}

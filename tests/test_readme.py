@@ -95,7 +95,7 @@ def report():
 
 
 def test_the_table_is_the_reports(report):
-    assert report.put(README, report.table(report.results())) == README, "run python benchmarks/report.py"
+    assert report.tables(README) == README, "run python benchmarks/report.py"
 
 
 def test_the_table_of_a_result(report, tmp_path):
