@@ -115,6 +115,7 @@ def test_two_processes_give_the_losses_of_one(whole, tmp_path):
     assert again["loss"] == pytest.approx(found[9], rel=1e-6), "what was saved has the loss that was evaluated on both processes"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes_and_another_layout(whole, tmp_path):
     folder = ready(whole, tmp_path / "elastic")
     launch(2, folder, "layout.fsdp=2", "steps=3")
@@ -132,6 +133,7 @@ def test_a_run_goes_on_in_four_processes(whole, tmp_path):
     same_losses(losses(folder), losses(whole), list(range(1, 10)))
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_back_with_an_empty_disk_gets_its_copy_from_another(whole, tmp_path):
     folder, disks = ready(whole, tmp_path / "copies"), str(tmp_path / "disk{process}")
     knobs = ("checkpoint_every=None", "layout.fsdp=1", "layout.data=2", f"replicas=Replicas(folder='{disks}', every=1)", "steps=9")
@@ -150,7 +152,7 @@ def test_a_host_that_comes_back_with_an_empty_disk_gets_its_copy_from_another(wh
     assert not list(tmp_path.glob("disk*/*/*")), "a run that came to its end leaves no copies"
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_with_its_name(killed, whole, tmp_path):
     folder = ready(whole, tmp_path / "killed")
     processes = start_both(folder, "steps=100000")
@@ -207,6 +209,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     assert time.monotonic() - began < 30 and not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_other_with_its_reason(whole, tmp_path):
     """Process 1 alone cannot read its data."""
     folder = ready(whole, tmp_path / "fails")

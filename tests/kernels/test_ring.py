@@ -46,7 +46,10 @@ def far(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+MORE = ("causal", "soft cap", "long window", "slopes", "two-sided")          # each with what another case has, less or alone
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in CASES])
 def test_a_divided_row_is_a_whole_one(name):
     """float32, sums in another order, numbers up to some ten: 3e-5."""
     arrays, settings, where = case(name)

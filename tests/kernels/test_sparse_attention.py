@@ -36,7 +36,7 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("window", "globals"), [(4, 1), (6, 3), (3, 7), (64, 2)])
+@pytest.mark.parametrize(("window", "globals"), [pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(6, 3, marks=pytest.mark.slow), (3, 7), (64, 2)])
 def test_blocks_are_the_dense_form(causal, window, globals):
     x, how = inputs(), settings(causal, window, globals)
     for where in ({}, WHERE):
