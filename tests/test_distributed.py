@@ -59,11 +59,13 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in rows}
 
 
-def wait_for(folder, processes, step):
+def wait_for(folder, processes, step, saved=()):
+    def reached():
+        return max(losses(folder), default=0) >= step and all((folder / "checkpoints" / str(s)).is_dir() for s in saved)
     deadline = time.time() + 200
-    while max(losses(folder), default=0) < step and all(p.poll() is None for p in processes) and time.time() < deadline:
+    while not reached() and all(p.poll() is None for p in processes) and time.time() < deadline:
         time.sleep(0.02)
-    assert max(losses(folder), default=0) >= step, [p.communicate()[0][-500:] for p in processes if p.poll() is not None]
+    assert reached(), [p.communicate()[0][-500:] for p in processes if p.poll() is not None]
 
 
 def end(process, seconds):
@@ -157,7 +159,7 @@ def test_a_killed_process_ends_the_other_with_its_name(killed, whole, tmp_path):
     folder = ready(whole, tmp_path / "killed")
     processes = start_both(folder, "steps=100000")
     try:
-        wait_for(folder, processes, 4)
+        wait_for(folder, processes, 4, saved=[3])          # which is written while the run goes on
         processes[killed].kill()
         began = time.monotonic()
         status, said = end(processes[1 - killed], 60)

@@ -17,11 +17,12 @@ from typing import Any
 from llmjax.core.errors import ConfigError, DataError
 from llmjax.decode.grammar import Choice as OneOf
 from llmjax.decode.grammar import Constraint, Grammar, JsonSchema, Lark, Regex
-from llmjax.serve.engine import End, Engine, Event, Knobs, Piece, Refused, Request, fresh_seed, narrow_seed
+from llmjax.serve.engine import Engine
 from llmjax.serve.errors import ApiError, bad
 from llmjax.serve.parsers import Listener, Said
 from llmjax.serve.protocol import Sampled
 from llmjax.serve.replies import PromptDetails, TokenChance, TokenLogprob, Usage
+from llmjax.serve.requests import End, Event, Knobs, Piece, Refused, Request, fresh_seed, narrow_seed
 
 
 @dc.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from llmjax.serve import answers
 from llmjax.serve.answers import Choice, Question
-from llmjax.serve.engine import Piece
 from llmjax.serve.protocol import CompletionRequest
 from llmjax.serve.replies import CompletionChoice, CompletionLogprobs, CompletionReply, Reply
+from llmjax.serve.requests import Piece
 from llmjax.serve.service import Service, fresh_id
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from llmjax.serve.engine import Engine, Observer, Request
+from llmjax.serve.engine import Engine
+from llmjax.serve.requests import Observer, Request
 from llmjax.serve.schedule import Work
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)

@@ -33,8 +33,10 @@ CONFIGS = {
 
 def perturbed(model, key, scale=1.0):
     """Parameters with every vector moved, so that a forgotten or swapped one shows."""
+    rng = np.random.default_rng(int(jax.random.key_data(key)[-1]))
+
     def move(name, x):
-        noise = 0.3 * jax.random.normal(jax.random.fold_in(key, hash(name) % 2**31), x.shape)
+        noise = 0.3 * jnp.asarray(rng.standard_normal(x.shape, np.float32))
         return x * scale + noise if x.ndim <= 2 and x.shape[-1] < 64 and "table" not in name else x * scale
     return map_named(move, init_params(model, key))
 
