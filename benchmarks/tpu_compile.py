@@ -23,18 +23,19 @@ from llmjax.plan.chips import CHIPS
 
 @dc.dataclass(frozen=True)
 class Case:
-    """rows: per chip. peer: MaxText's HBM and traffic in 1e9 bytes and its cycles in 1e6, where it was compiled."""
+    """rows: per chip. peer: MaxText's HBM and traffic in 1e9 bytes and its cycles in 1e6, where it was compiled. suffix: layers that stand behind the pipeline's stages."""
     model: str
     topology: str
     layout: dict[str, int]
     rows: int
     context: int
     peer: tuple[float, float, float] | None = None
+    suffix: int = 0
 
     @property
     def what(self) -> str:
         where = topology(self.topology)
-        return f"{self.model}, {where.chips:,} chips of {where.chip}, {' × '.join(f'{axis} {size}' for axis, size in self.layout.items())}, {self.rows} × {self.context} tokens a chip"
+        return f"{self.model}, {where.chips:,} chips of {where.chip}, {' × '.join(f'{axis} {size}' for axis, size in self.layout.items())}{f', {self.suffix} layers behind the stages' if self.suffix else ''}, {self.rows} × {self.context} tokens a chip"
 
 
 CASES = {
@@ -44,7 +45,7 @@ CASES = {
     "8b-v6e-256": Case("llama-3-8b", "v6e:16x16", dict(fsdp=256), 4, 8192),
     "70b-v5p-512": Case("llama-3-70b", "v5p:4x8x8", dict(fsdp=256), 4, 8192, (92.86, 552.86, 83963)),
     "mixtral-v5p-128": Case("mixtral-8x7b", "v5p:4x4x4", dict(fsdp=8, expert=8), 4, 4096),
-    "405b-v5p-2048": Case("llama-3.1-405b", "v5p:8x16x16", dict(stage=2, fsdp=1024), 1, 8192),
+    "405b-v5p-2048": Case("llama-3.1-405b", "v5p:8x16x16", dict(stage=8, fsdp=32, tensor=8, microbatches=32, interleave=2), 1, 8192, suffix=14),
 }
 
 
@@ -54,7 +55,7 @@ def measure(name: str) -> dict:
     wanted = [f"layout.{axis}={size}" for axis, size in case.layout.items()] + ["layout.data=1", f"batch_size={case.rows * where.chips}", f"context={case.context}", "compute.remat=full"]
     begun = time.perf_counter()
     try:
-        found = compile.run(settings.load(f"configs/pretrain.py:model={case.model}", wanted), where)
+        found = compile.run(settings.load(f"configs/pretrain.py:model={case.model},suffix={case.suffix}", wanted), where)
     except ValueError as error:
         return {"case": name, "error": str(error)}
     limit = CHIPS[where.chip].share("hbm")

@@ -5,16 +5,24 @@
 
 model: a name of llmjax/checkpoint/presets.py. text: files, a glob or a folder of .jsonl (field "text") or of plain text; without it the running Python's own standard library stands in,
 which is enough to see that a run works. tokenizer: a folder in Hugging Face layout, a tokenizer.json or a SentencePiece .model; without it a byte-level BPE of at most the model's
-vocabulary is trained on the text. Expected: the loss of a size's first steps is near log(vocabulary); what it reaches is the data's affair.
+vocabulary is trained on the text. suffix: so many of the repeated layers stand behind the others, each by itself, where a pipeline's stages do not divide them all (llama-3.1-405b has 126;
+suffix=14 leaves 112 = 8 stages of 14). Expected: the loss of a size's first steps is near log(vocabulary); what it reaches is the data's affair.
 """
+import dataclasses as dc
+
 from llmjax.checkpoint.presets import published
-from llmjax.core import AdamW, Compute, RunConfig, WarmupCosine
+from llmjax.core import AdamW, Compute, ConfigError, RunConfig, WarmupCosine
 from llmjax.data import BestFit, Corpus, Fraction, JsonLines, StandardLibrary, TextFiles, TokenizerFile, TrainBpe
 from llmjax.objectives import NextToken
 
 
-def get_config(model: str = "smollm2-135m", text: str | None = None, tokenizer: str | None = None) -> RunConfig:
+def get_config(model: str = "smollm2-135m", text: str | None = None, tokenizer: str | None = None, suffix: int = 0) -> RunConfig:
     size = published(model)
+    if suffix:
+        if not 0 < suffix < size.repeats * len(size.cycle) or suffix % len(size.cycle):
+            raise ConfigError(f"suffix={suffix}: {model} repeats {len(size.cycle)} layers {size.repeats} times; a multiple of {len(size.cycle)} below {size.repeats * len(size.cycle)} is wanted")
+        times = suffix // len(size.cycle)
+        size = dc.replace(size, repeats=size.repeats - times, suffix=size.cycle * times + size.suffix)
     plain = text is not None and text.endswith((".txt", ".md", "/"))
     source = StandardLibrary() if text is None else TextFiles(text) if plain else JsonLines(text)
     return RunConfig(

@@ -211,7 +211,7 @@ def test_show_and_help(capsys):
 def test_every_configuration_is_built(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("To be, or not to be.\n" * 200)
-    arguments = {"quickstart.py": ["", "size=tiny", "size=tiny,experts=4"], "shakespeare_char.py": [f"path={text}"], "pretrain.py": ["model=qwen3-0.6b"]}
+    arguments = {"quickstart.py": ["", "size=tiny", "size=tiny,experts=4"], "shakespeare_char.py": [f"path={text}"], "pretrain.py": ["model=qwen3-0.6b", "model=llama-3.1-405b,suffix=14"]}
     for file in sorted((ROOT / "configs").glob("*.py")):
         for args in arguments[file.name]:
             made = settings.load(f"{file}:{args}")

@@ -228,7 +228,8 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     if bias is not None:          # `reference`, which the compiler partitions by itself
         return implementation(q, seen.k, seen.v, **where, **settings, scale=scale, bias=bias)
     K = seen.k.shape[2]
-    if across or (rows * columns > 1 and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
+    inside = bool(jax.sharding.get_abstract_mesh().manual_axes)          # of a pipeline's stage: no automatic axis may be left around a kernel
+    if across or ((rows * columns > 1 or inside) and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
         implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=cuts if across else ())
     return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
 

@@ -47,7 +47,7 @@ def run(stage: Stage, params: Any, labels: Any, x: jax.Array, shared: Any, layou
     if B % (parts * M):
         raise ShardingError(f"pipeline: a batch of {B} rows over {parts} parts does not divide into {M} microbatches; change batch_size or layout.microbatches")
     if count % (n * v):
-        raise ShardingError(f"pipeline: {count} repeated layers do not divide into {n} stages of {v} chunks; change layout.stage or layout.interleave")
+        raise ShardingError(f"pipeline: {count} repeated layers do not divide into {n} stages of {v} chunks; change layout.stage or layout.interleave, or let some layers stand in model.suffix")
 
     def spec(name, leaf, label):
         if not hasattr(leaf, "ndim") or isinstance(leaf, jax.ShapeDtypeStruct) or leaf.ndim != len(label.axes):

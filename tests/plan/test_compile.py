@@ -111,6 +111,15 @@ def test_meshes_of_tpus_that_are_not_there(monkeypatch):
 
 
 @needs_libtpu
+def test_a_kernel_inside_a_stage_is_lowered(monkeypatch):
+    """A TPU's kernel may have no automatic axis around it, not even one of a single device."""
+    for name, value in compile.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    config = settings.load("configs/pretrain.py:model=qwen3-0.6b", [x for x in SMALL if "fsdp" not in x] + ["layout.stage=2", "layout.fsdp=2"])
+    assert "splash" in compile.lower(config, chips.topology("v5e:2x2")).as_text()
+
+
+@needs_libtpu
 def test_what_the_compiler_refuses_is_one_line(capsys):
     assert cli.main(["plan", "--config=configs/pretrain.py:model=llama-3-8b", "--topology=v5e:1x1", "--config.batch_size=1", "--compile"]) == 2
     captured = capsys.readouterr()

@@ -93,7 +93,7 @@ def test_command_line(capsys):
     (["--config=configs/quickstart.py", "--compile"], "--topology"), (["--config=configs/quickstart.py", "--price=3"], "--topology"), (["--config=configs/quickstart.py", "--dump=x"], "--compile"),
     (["--config=configs/quickstart.py", "--topology=v5q:4x4"], "v5e"), (["--config=configs/quickstart.py", "--topology=v5e:3x3"], "2x4"),
     (["--config=configs/quickstart.py", "--topology=h100:3"], "h100:8"),
-    (["--config=configs/pretrain.py:model=llama-9"], "llama-"), (["--fit=/nowhere"], "no such folder"),
+    (["--config=configs/pretrain.py:model=llama-9"], "llama-"), (["--config=configs/pretrain.py:model=qwen3-0.6b,suffix=28"], "suffix=28"), (["--fit=/nowhere"], "no such folder"),
     (["--config=configs/quickstart.py:size=tiny", "--topology=h100:8", "--compile"], "no TPUs"),
     (["--config=configs/quickstart.py:size=tiny", "--config.layout.tensor=3", "--topology=v5e:2x2"], "multiple of 3"),
     (["--config=configs/quickstart.py:size=tiny", "--config.batch_size=6", "--topology=v5e:2x2"], "batch_size=6"),

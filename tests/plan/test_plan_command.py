@@ -36,6 +36,14 @@ def test_what_lies_still_is_what_a_real_state_holds(layout):
     assert found["optimizer"] == on_first(state.opt_state)
 
 
+def test_layers_behind_the_stages_are_layers_all_the_same():
+    whole, _ = plan("configs/pretrain.py:model=llama-3.1-405b")
+    parted, _ = plan("configs/pretrain.py:model=llama-3.1-405b,suffix=14", "layout.stage=8", "layout.fsdp=32", "layout.tensor=8", "batch_size=2048", topology="v5p:8x16x16")
+    assert parted.config.model.layers == whole.config.model.layers and parted.config.model.repeats == 112
+    with pytest.raises(ShardingError, match="a divisor of 126"):
+        plan("configs/pretrain.py:model=llama-3.1-405b", "layout.stage=8", "layout.fsdp=32", "layout.tensor=8", "batch_size=2048", topology="v5p:8x16x16")
+
+
 def test_kept_activations_under_full_remat_are_the_layers_inputs():
     _, found = big("compute.remat=full")
     inputs = 32 * 4 * 2048 * 4096 * 2
