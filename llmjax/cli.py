@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--name", help="what clients call the model (the last part of --model)")
     p.add_argument("--alias", action="append", default=[], help="another name that is taken too; may be given several times")
+    p.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter (a folder as PEFT writes it) that requests ask for by model=NAME; may be given several times")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone; 0.0.0.0: everywhere, then give keys)")
     p.add_argument("--port", type=int, default=8000, help="the port (8000)")
     computed(p)
@@ -300,7 +301,7 @@ def on_serve(args: argparse.Namespace, _: list[str]) -> int:
         host=args.host, port=args.port, name=args.name, aliases=tuple(args.alias), api_keys=tuple(args.api_key), api_key_file=args.api_key_file, rate=args.rate, together=args.concurrency,
         timeout=args.timeout, body=in_bytes("max-body", args.max_body), drain=args.drain, origins=tuple(args.cors_origin), certificate=args.tls_cert, private_key=args.tls_key,
         tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser, embedding_model=args.embedding_model,
-        answers_kept=args.response_cache)
+        answers_kept=args.response_cache, adapters=tuple(args.adapter))
     return serve.serve(args.model, settings, engine, dtype=args.dtype, tensor=args.tensor, quantize=args.quantize)
 
 

@@ -42,11 +42,13 @@ class Question:
     listener: Callable[[], Listener] = Listener
     grammar: Grammar | None = None
     store: Store | None = None
+    adapter: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """All that what the engine says depends on, and whose it is: nobody learns from the time it takes what somebody else has asked."""
-        return (self.owner, tuple(map(tuple, self.prompts)), self.n, self.limit, self.knobs, self.stops, self.end_tokens, self.best, self.keep, None if self.grammar is None else self.grammar.source)
+        return (self.owner, tuple(map(tuple, self.prompts)), self.n, self.limit, self.knobs, self.stops, self.end_tokens, self.best, self.keep,
+                None if self.grammar is None else self.grammar.source, self.adapter)
 
 
 class Store:
@@ -193,7 +195,7 @@ async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
             knobs, ends = dc.replace(question.knobs, fold=i * question.n + k), question.end_tokens
             ends = tuple(dict.fromkeys((*ends, *question.grammar.end_tokens))) if question.grammar else ends
             request = Request(prompt, question.limit, knobs, listen, ends, question.stops, question.keep, question.best, question.owner, question.priority, question.deadline,
-                              leader if k else None, question.grammar.matcher() if question.grammar else None, born)
+                              leader if k else None, question.grammar.matcher() if question.grammar else None, question.adapter, born)
             leader = request if not k else leader
             numbers[request] = len(numbers)
     requests = list(numbers)

@@ -167,7 +167,8 @@ def talking(module: Any, events: Callable[[AsyncIterator[replies.Reply]], AsyncI
 
 
 async def on_embeddings(service: Service, body: protocol.EmbeddingRequest, owner: str) -> replies.Reply:
-    service.check_model(body.model)
+    if service.check_model(body.model) is not None:
+        raise bad(f"model={body.model!r}: embeddings are those of {service.name!r} alone, without adapters", "model")
     if service.embedder is None:
         raise bad("this server makes no embeddings", "model")
     return await vectors.reply(service.embedder, body)
@@ -268,10 +269,10 @@ def make_app(service: Service, *, keys: Keys | None = None, rates: Rates | None 
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def card(name: str) -> replies.ModelReply:
-        return replies.ModelReply(id=name, object="model", created=service.created, owned_by="llmjax", max_model_len=service.room)
+        return replies.ModelReply(id=name, object="model", created=service.created, owned_by="llmjax", max_model_len=service.room, parent=service.name if name in service.adapters else None)
 
     async def models(_: Request) -> Response:
-        return Response(replies.ModelList(object="list", data=[card(n) for n in (service.name, *service.aliases)]).json_bytes(), media_type="application/json")
+        return Response(replies.ModelList(object="list", data=[card(n) for n in (service.name, *service.aliases, *service.adapters)]).json_bytes(), media_type="application/json")
 
     async def model(request: Request) -> Response:
         service.check_model(request.path_params["name"])

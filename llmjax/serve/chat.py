@@ -17,7 +17,7 @@ from llmjax.serve.service import Service, fresh_id
 
 async def question(service: Service, body: ChatRequest, owner: str) -> Question:
     """The request as the engine's question. Raises ApiError."""
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     tools = None if body.tool_choice == "none" else body.tools
     variables = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
@@ -40,7 +40,7 @@ async def question(service: Service, body: ChatRequest, owner: str) -> Question:
         grammar = await answers.grammar_of(service.engine, "lark", service.demand(wanted_tools, body.parallel_tool_calls and body.tool_choice == "required"), "tools")
     knobs = answers.knobs_of(body, service.engine.model.config.vocab_size)
     return Question([prompt], body.n, limit, knobs, stops, ends, (body.top_logprobs or 0) if body.logprobs else 0, owner, body.priority, service.deadline(), keep,
-                    lambda: service.listener(text, tools), grammar)
+                    lambda: service.listener(text, tools), grammar, adapter=adapter)
 
 
 def call_reply(call: Call) -> ToolCallReply:

@@ -15,14 +15,14 @@ from llmjax.serve.service import Service, fresh_id
 
 async def question(service: Service, body: CompletionRequest, owner: str) -> Question:
     """The request as the engine's question. Raises ApiError."""
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else list(body.prompt)
     prompts = [await answers.encode(service.tokenizer, p, special=True, room=service.room, where="prompt") if isinstance(p, str) else p for p in given]
     for ids in prompts:
         answers.fits(ids, body.max_tokens, service.room, service.engine.model.config.vocab_size, "prompt", "max_tokens")
     stops, ends = answers.stops_of(body, service.engine)
     return Question(prompts, body.n, body.max_tokens, answers.knobs_of(body, service.engine.model.config.vocab_size), stops, ends, body.logprobs or 0, owner, body.priority, service.deadline(),
-                    grammar=await answers.structure_of(service.engine, body, body.response_format))
+                    grammar=await answers.structure_of(service.engine, body, body.response_format), adapter=adapter)
 
 
 def logprobs(service: Service, pieces: list[Piece], offset: int, wanted: int) -> CompletionLogprobs:

@@ -160,6 +160,7 @@ class ModelReply(Reply):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None
 
 
 class ModelList(Reply):

@@ -15,6 +15,7 @@ from llmjax import pretrained
 from llmjax.core import make_mesh
 from llmjax.core.errors import ConfigError, MissingExtra
 from llmjax.core.run_config import DType
+from llmjax.serve import adapters
 from llmjax.serve.engine import Engine, EngineSettings
 
 log = logging.getLogger("llmjax.serve")
@@ -22,7 +23,7 @@ log = logging.getLogger("llmjax.serve")
 
 @dc.dataclass(frozen=True)
 class ServerSettings:
-    """What the command line sets; see `llmjax serve --help`. api_keys: in clear. drain: seconds that running requests get after SIGTERM."""
+    """What the command line sets; see `llmjax serve --help`. api_keys: in clear. adapters: name=path. drain: seconds that running requests get after SIGTERM."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
@@ -41,6 +42,7 @@ class ServerSettings:
     reasoning_parser: str = "auto"
     embedding_model: str | None = None
     answers_kept: int | None = None
+    adapters: tuple[str, ...] = ()
 
 
 DEFAULT, ENGINE = ServerSettings(), EngineSettings()
@@ -74,19 +76,19 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
     if tokenizer is None:
         raise ConfigError(f"{model}: the checkpoint has no tokenizer; a server of texts needs one")
     metrics = Metrics()
-    machine = Engine(module, params, tokenizer, engine, metrics)
+    name = settings.name or pathlib.Path(model).name.removesuffix(".gguf") or model
+    machine = Engine(module, params, tokenizer, engine, metrics, adapters.parse(settings.adapters, (name, *settings.aliases)))
     if settings.embedding_model is None:
         embedder = Embedder(machine.model, machine.params, tokenizer, module.config.context)
     else:
         other, weights, reader = pretrained.load(settings.embedding_model, dtype=dtype)
         embedder = Embedder(other, weights, reader, (other.config.encoder or other.config).context)
-    name = settings.name or pathlib.Path(model).name.removesuffix(".gguf") or model
     service = Service(machine, name, metrics, Speech.of(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser), Limits(settings.timeout, settings.body), settings.aliases, embedder)
     if settings.answers_kept is not None:
         service.store = Store(settings.answers_kept, lambda found: metrics.stored.labels("exact", "hit" if found else "miss").inc())
     app = make_app(service, keys=keys, rates=rates, origins=settings.origins)
     log.info("starting", extra={"fields": {"model": name, "dtype": dtype, "devices": str(jax.devices()[0].device_kind), "engine": machine.describe(), "host": settings.host, "port": settings.port,
-                                           "keys": 0 if keys is None else len(keys.digests)}})
+                                           "adapters": list(service.adapters), "keys": 0 if keys is None else len(keys.digests)}})
 
     class Server(uvicorn.Server):
         """uvicorn's, with SIGTERM as the wish to end well: what runs is finished and the status is 0."""

@@ -66,9 +66,18 @@ class Service:
     def room(self) -> int:
         return self.engine.length
 
-    def check_model(self, name: str | None) -> None:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(name for name in self.engine.adapters if name is not None)
+
+    def check_model(self, name: str | None) -> str | None:
+        """-> the adapter that a model's name means, None for the model itself. Raises ApiError (404) for a name that is neither."""
+        if name in self.adapters:
+            return name
         if name is not None and name not in (self.name, *self.aliases):
-            raise ApiError(404, f"model={name!r}: this server has {self.name!r}" + (f" (also called {', '.join(self.aliases)})" if self.aliases else ""), param="model", code="model_not_found")
+            more = [f"also called {', '.join(self.aliases)}"] * bool(self.aliases) + [f"with the adapters {', '.join(self.adapters)}"] * bool(self.adapters)
+            raise ApiError(404, f"model={name!r}: this server has {self.name!r}" + (f" ({'; '.join(more)})" if more else ""), param="model", code="model_not_found")
+        return None
 
     def deadline(self) -> float:
         return time.monotonic() + self.limits.timeout
