@@ -43,6 +43,7 @@ class ServerSettings:
     embedding_model: str | None = None
     answers_kept: int | None = None
     adapters: tuple[str, ...] = ()
+    semantic: float | None = None
 
 
 DEFAULT, ENGINE = ServerSettings(), EngineSettings()
@@ -58,6 +59,7 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
         from llmjax.serve.app import make_app
         from llmjax.serve.guard import JsonLines, Keys, Rates
         from llmjax.serve.metrics import Metrics
+        from llmjax.serve.semantic import SemanticStore
         from llmjax.serve.service import Limits, Service, Speech
         from llmjax.serve.vectors import Embedder
     except ModuleNotFoundError as error:
@@ -86,6 +88,8 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
     service = Service(machine, name, metrics, Speech.of(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser), Limits(settings.timeout, settings.body), settings.aliases, embedder)
     if settings.answers_kept is not None:
         service.store = Store(settings.answers_kept, lambda found: metrics.stored.labels("exact", "hit" if found else "miss").inc())
+    if settings.semantic is not None:
+        service.semantic = SemanticStore(embedder, settings.semantic, settings.answers_kept or 1024, lambda found: metrics.stored.labels("semantic", "hit" if found else "miss").inc())
     app = make_app(service, keys=keys, rates=rates, origins=settings.origins)
     log.info("starting", extra={"fields": {"model": name, "dtype": dtype, "devices": str(jax.devices()[0].device_kind), "engine": machine.describe(), "host": settings.host, "port": settings.port,
                                            "adapters": list(service.adapters), "keys": 0 if keys is None else len(keys.digests)}})
@@ -127,6 +131,8 @@ def check(settings: ServerSettings) -> None:
         raise ConfigError(f"--port={settings.port}: a port from 1 to 65535 is wanted")
     if settings.answers_kept is not None and settings.answers_kept < 1:
         raise ConfigError(f"--response-cache={settings.answers_kept}: a number of answers from 1 is wanted")
+    if settings.semantic is not None and not 0 < settings.semantic <= 1:
+        raise ConfigError(f"--semantic-cache={settings.semantic}: the least cosine of two questions that mean the same is wanted, above 0 and at most 1, as 0.95")
     if (settings.certificate is None) != (settings.private_key is None):
         raise ConfigError("--tls-cert and --tls-key belong together")
     for option, file in (("tls-cert", settings.certificate), ("tls-key", settings.private_key)):

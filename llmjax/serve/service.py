@@ -15,6 +15,8 @@ from llmjax.serve.errors import ApiError, bad
 from llmjax.serve.metrics import Metrics
 from llmjax.serve.parsers import FORMATS, MARKERS, Listener, ThinkParser, ToolParser, choose_format
 from llmjax.serve.protocol import Message, Tool
+from llmjax.serve.scores import Scorer
+from llmjax.serve.semantic import SemanticStore
 from llmjax.serve.vectors import Embedder
 
 
@@ -54,9 +56,14 @@ class Service:
     aliases: tuple[str, ...] = ()
     embedder: Embedder | None = None
     store: Store | None = None
+    semantic: SemanticStore | None = None
+    scorer: Scorer = dc.field(init=False)
     stall: float = 120.0                               # seconds without a move after which the engine counts as stuck
     draining: bool = False
     created: int = dc.field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.scorer = Scorer(self.engine)
 
     @property
     def tokenizer(self) -> Any:
