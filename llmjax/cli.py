@@ -134,7 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--reasoning-parser", "--reasoning_parser", default="auto", metavar="NAME", help="how it writes thoughts: think, none (auto: read off its chat template)")
     p.add_argument("--response-cache", "--response_cache", type=int, metavar="N", help="keep the last N whole answers and give them again to the same key for the same question (off)")
     p.add_argument("--semantic-cache", "--semantic_cache", type=float, metavar="COSINE",
-                   help="give a kept answer again to the same key also where the last question means nearly the same, by embeddings whose cosine is at least this, as 0.95 (off)")
+                   help="give a kept answer again to the same key where the last question means nearly the same: by embeddings whose cosine is at least this, as 0.95 "
+                        "(off; the last 1,024 answers, or as many as --response-cache says)")
     p.add_argument("--embedding-model", "--embedding_model", metavar="MODEL", help="the model of /v1/embeddings (the served one, its last hidden states averaged)")
 
     p = add("eval", "example: llmjax eval --model=smollm2 --file=book.txt --context=1024")

@@ -11,7 +11,7 @@ from tiny_models import perturbed
 
 import llmjax
 from llmjax import decode, pretrained
-from llmjax.checkpoint.lora_folder import with_adapters
+from llmjax.checkpoint.lora_folder import Low, with_adapters
 from llmjax.core import CheckpointError, Lora, chosen
 from llmjax.core.leaves import is_leaf
 
@@ -62,6 +62,11 @@ def test_logits_are_pefts(kind, std, tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, atol=close)
     plain = llmjax.load(tmp_path / "base", dtype="float32")[1]
     assert np.abs(logits(model, plain) - expected).max() > 20 * close, "the adapter does something"
+
+    if std == 0.2:                                                 # as a server holds it: layers apart, laid out for decoding, each row choosing
+        apart, ready = decode.prepare(model, plain)
+        rows = chosen(with_adapters(ready, [pretrained.read_adapter(apart, tmp_path / "adapter0")], "float32"), jnp.asarray([1, 0, 1]))
+        np.testing.assert_allclose(logits(apart, rows)[[0, 2]], expected[[0, 2]], atol=close)
 
     def swapped(w):
         return Lora(w.w, w.a[..., ::-1], w.b, w.alpha) if isinstance(w, Lora) else w
@@ -123,6 +128,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, tmp_path):
         safetensors.numpy.save_file({**good, **change}, file)
         with pytest.raises(CheckpointError, match=words):
             llmjax.load(folder / "base", adapter=tmp_path / "a")
+    with pytest.raises(CheckpointError, match="embed/table.*is the head too"):
+        with_adapters({"embed": {"table": one}}, [{("embed/table", ()): Low(one.T, one, 1.0)}], "float32")
     file.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         llmjax.load(folder / "base", adapter=tmp_path / "a")
