@@ -51,7 +51,7 @@ class Question:
     store: Store | None = None
     semantic: SemanticStore | None = None
     adapter: str | None = None
-    topic: tuple[str, str] | None = None                   # what of it may be compared by its meaning, and what of it must be the same
+    topic: tuple[str, str] | None = None                   # what of it may be compared by its meaning; what must be the same, the limit asked for among it
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ def topic(service: Service, body: ChatRequest) -> tuple[str, str] | None:
     *before, last = body.messages
     if last.role != "user":
         return None
-    around = body.model_dump_json(include={"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort"})
+    around = body.model_dump_json(include={"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort", "max_tokens", "max_completion_tokens"})
     return content_text(last), "\n".join([*(m.model_dump_json() for m in before), last.name or "", around])
 
 

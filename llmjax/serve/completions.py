@@ -41,7 +41,7 @@ async def question(service: Service, body: CompletionRequest, owner: str) -> Que
     stops, ends = answers.stops_of(body, service.engine)
     return Question(prompts, body.n, body.max_tokens, answers.knobs_of(body, service.engine.model.config.vocab_size), stops, ends, body.logprobs or 0, owner, body.priority, service.deadline(),
                     grammar=await answers.structure_of(service.engine, body, body.response_format), adapter=adapter,
-                    topic=(body.prompt, "") if isinstance(body.prompt, str) else None)
+                    topic=(body.prompt, str(body.max_tokens)) if isinstance(body.prompt, str) else None)
 
 
 def logprobs(service: Service, pieces: list[Piece], offset: int, wanted: int) -> CompletionLogprobs:

@@ -43,7 +43,7 @@ class SemanticStore:
     def key(question: Question) -> Hashable:
         assert question.topic is not None
         text, context = question.topic
-        return dc.replace(question, prompts=[]).key, context, tuple(re.findall(r"\d+", text))
+        return dc.replace(question, prompts=[], limit=0).key, context, tuple(re.findall(r"\d+", text))
 
     async def vector(self, question: Question) -> np.ndarray | None:
         """The question's embedding [D] of length 1; None for one that the encoder cannot read, which is then neither found nor kept."""

@@ -1,4 +1,5 @@
 """Prompts given back with their log-probabilities (echo), and answers kept for questions that mean nearly the same."""
+import asyncio
 import json
 
 import httpx
@@ -7,6 +8,8 @@ import pytest
 import serving
 
 from llmjax import decode
+from llmjax.serve import chat
+from llmjax.serve.protocol import ChatRequest
 from llmjax.serve.semantic import SemanticStore
 
 HEAD = {"authorization": "Bearer k-ann"}
@@ -91,6 +94,16 @@ def test_questions_that_mean_the_same(web):
         assert post(web, "/v1/completions", {**whole, "prompt": "beta alpha"}).headers["x-llmjax-cache"].startswith("semantic")
     finally:
         web.service.semantic = None
+
+
+def test_without_a_limit_the_length_of_the_question_does_not_matter(web):
+    """What is left of the context is the limit then; it differs from question to question."""
+    def key(text, **more):
+        body = ChatRequest(model="tiny", messages=[{"role": "user", "content": text}], temperature=0.0, **more)
+        asked = asyncio.run(chat.question(web.service, body, "ann"))
+        return asked.limit, SemanticStore.key(asked)
+    (first, one), (second, other) = key("what is it"), key("what is it then")
+    assert first != second and one == other != key("what is it", max_tokens=9)[1]
 
 
 def test_with_the_models_own_embeddings(web):
