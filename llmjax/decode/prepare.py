@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Int8, Int8Rows, Joined, Label, Transposed, is_leaf, join, platform, unrolled
+from llmjax.core import Adapters, Int8, Int8Rows, Joined, Label, Transposed, is_leaf, join, platform, unrolled
 from llmjax.core.model_config import ModelConfig
 from llmjax.core.tree import map_named
 from llmjax.models import Decoder, labels
@@ -97,7 +97,7 @@ def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
         loose = joined(known, map_named(functools.partial(rows_of, model.config.tied), known, loose), Int8Rows)
         turn = functools.partial(output_first, full and model.config.tied)
         return map_named(turn, known, joined(known, loose, jax.Array) if full else loose)
-    if not model.config.cycle and any(isinstance(x, Int8Rows | Transposed | Joined) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
+    if not model.config.cycle and any(isinstance(x, Int8Rows | Transposed | Joined | Adapters) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
         return apart, params
     return apart, jax.jit(convert)(params)
 

@@ -12,7 +12,8 @@ import functools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 from llmjax.core.errors import ConfigError, DataError
 from llmjax.decode.grammar import Choice as OneOf
@@ -23,6 +24,12 @@ from llmjax.serve.parsers import Listener, Said
 from llmjax.serve.protocol import Sampled
 from llmjax.serve.replies import PromptDetails, TokenChance, TokenLogprob, Usage
 from llmjax.serve.requests import End, Event, Knobs, Piece, Refused, Request, fresh_seed, narrow_seed
+
+if TYPE_CHECKING:
+    from llmjax.serve.semantic import SemanticStore
+
+
+FOUND: ContextVar[dict[str, str]] = ContextVar("FOUND")         # headers of the reply that is being made
 
 
 @dc.dataclass(frozen=True)
@@ -42,11 +49,15 @@ class Question:
     listener: Callable[[], Listener] = Listener
     grammar: Grammar | None = None
     store: Store | None = None
+    semantic: SemanticStore | None = None
+    adapter: str | None = None
+    topic: tuple[str, str] | None = None                   # what of it may be compared by its meaning; what must be the same, the limit asked for among it
 
     @property
     def key(self) -> tuple[Any, ...]:
         """All that what the engine says depends on, and whose it is: nobody learns from the time it takes what somebody else has asked."""
-        return (self.owner, tuple(map(tuple, self.prompts)), self.n, self.limit, self.knobs, self.stops, self.end_tokens, self.best, self.keep, None if self.grammar is None else self.grammar.source)
+        return (self.owner, tuple(map(tuple, self.prompts)), self.n, self.limit, self.knobs, self.stops, self.end_tokens, self.best, self.keep,
+                None if self.grammar is None else self.grammar.source, self.adapter)
 
 
 class Store:
@@ -122,12 +133,13 @@ def fits(ids: list[int], limit: int | None, room: int, vocab_size: int, where: s
 def knobs_of(body: Sampled, vocab_size: int) -> Knobs:
     """Raises ApiError for a bias on a foreign id."""
     top_k = None if body.top_k in (None, 0, -1) else body.top_k
-    seed = fresh_seed() if body.seed is None else narrow_seed(body.seed)
+    greedy = body.temperature < 1e-5
+    seed = 0 if greedy else fresh_seed() if body.seed is None else narrow_seed(body.seed)      # greedy: nothing is drawn, and the same question is to have the same key
     bias = tuple((int(k), float(v)) for k, v in (body.logit_bias or {}).items())
     wrong = [k for k, _ in bias if k >= vocab_size]
     if wrong:
         raise bad(f"logit_bias: the id {wrong[0]} is outside the model's vocabulary of {vocab_size}", "logit_bias")
-    return Knobs(body.temperature if body.temperature >= 1e-5 else 0.0, top_k, None if body.top_p == 1 else body.top_p, body.min_p or None, seed, 0,
+    return Knobs(0.0 if greedy else body.temperature, top_k, None if body.top_p == 1 else body.top_p, body.min_p or None, seed, 0,
                  None if body.repetition_penalty == 1 else body.repetition_penalty, body.frequency_penalty or None, body.presence_penalty or None, bias, body.min_tokens or None)
 
 
@@ -173,13 +185,19 @@ def stops_of(body: Sampled, engine: Engine) -> tuple[tuple[str, ...], tuple[int,
 async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
     """Everything said, as it comes; ends when all choices have. Left early, the engine forgets the rest at once. Raises ApiError where the engine refuses or fails."""
     said: list[tuple[int, list[Event]]] = []
-    if question.store is not None:
-        known = question.store.find(question)
-        if known is not None:
-            readers = [question.listener() for _ in range(len(question.prompts) * question.n)]
-            for index, events in known:
-                yield heard(readers[index], index, events, 0)
-            return
+    known, vector = question.store.find(question) if question.store is not None else None, None
+    if known is not None:
+        FOUND.get()["x-llmjax-cache"] = "exact"
+    elif question.semantic is not None and question.topic is not None:
+        vector = await question.semantic.vector(question)
+        near = None if vector is None else question.semantic.find(question, vector)
+        if near is not None:
+            known, FOUND.get()["x-llmjax-cache"] = near[0], f"semantic {near[1]:.4f}"
+    if known is not None:
+        readers = [question.listener() for _ in range(len(question.prompts) * question.n)]
+        for index, events in known:
+            yield heard(readers[index], index, events, 0)
+        return
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, list[Event]]]()
     numbers: dict[Request, int] = {}
 
@@ -193,7 +211,7 @@ async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
             knobs, ends = dc.replace(question.knobs, fold=i * question.n + k), question.end_tokens
             ends = tuple(dict.fromkeys((*ends, *question.grammar.end_tokens))) if question.grammar else ends
             request = Request(prompt, question.limit, knobs, listen, ends, question.stops, question.keep, question.best, question.owner, question.priority, question.deadline,
-                              leader if k else None, question.grammar.matcher() if question.grammar else None, born)
+                              leader if k else None, question.grammar.matcher() if question.grammar else None, question.adapter, born)
             leader = request if not k else leader
             numbers[request] = len(numbers)
     requests = list(numbers)
@@ -217,6 +235,8 @@ async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
             yield heard(listeners[index], index, events, sequence.hit if sequence else 0)
         if question.store is not None:
             question.store.keep(question, said)
+        if question.semantic is not None and vector is not None:
+            question.semantic.keep(question, vector, said)
     finally:
         if left:
             engine.cancel(*(r for r in requests if r.sequence is None or not r.sequence.done))

@@ -7,7 +7,7 @@ import dataclasses as dc
 import importlib.resources
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import pydantic
@@ -23,6 +23,7 @@ from llmjax.serve.errors import ApiError, bad, from_validation
 from llmjax.serve.guard import Guard, Keys, Rates, Receive, Scope, Send
 from llmjax.serve.service import Service
 
+STREAMED = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 PING = 15.0                          # seconds of silence after which a stream says that it is alive
 
 
@@ -84,7 +85,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def send_stream(send: Send, parts: AsyncIterator[bytes], patience: float, form: Callable[[ApiError], bytes]) -> None:
+async def send_stream(send: Send, parts: AsyncIterator[bytes], patience: float, form: Callable[[ApiError], bytes], headers: Mapping[str, str]) -> None:
     """Server-sent events. Nothing is sent before the first is there, so that an error before it has its own status; one that comes later is an event. Raises TimeoutError for a reader
     that takes nothing for `patience` seconds."""
     spoke = time.monotonic()
@@ -101,7 +102,8 @@ async def send_stream(send: Send, parts: AsyncIterator[bytes], patience: float, 
             if time.monotonic() - spoke > PING:
                 await say(b": still here\n\n")
     first = await anext(parts, None)                               # type: ignore[arg-type]
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]})
+    more = [(k.encode(), v.encode()) for k, v in headers.items()]             # as they are once the first part is there
+    await send({"type": "http.response.start", "status": 200, "headers": [*more, *STREAMED]})
     pinger = asyncio.create_task(ping())
     try:
         if first is not None:
@@ -160,14 +162,15 @@ def talking(module: Any, events: Callable[[AsyncIterator[replies.Reply]], AsyncI
     """What an endpoint that makes text does, out of its file's question, reply and stream."""
     async def act(service: Service, body: Any, owner: str) -> replies.Reply | AsyncIterator[bytes]:
         asked = await module.question(service, body, owner)
-        if service.store is not None and (asked.knobs.temperature == 0 or getattr(body, "seed", None) is not None):
-            asked = dc.replace(asked, store=service.store)
+        if asked.knobs.temperature == 0 or getattr(body, "seed", None) is not None:         # else another answer is wanted each time
+            asked = dc.replace(asked, store=service.store, semantic=service.semantic)
         return events(module.stream(service, body, asked)) if body.stream else await module.reply(service, body, asked)
     return act
 
 
 async def on_embeddings(service: Service, body: protocol.EmbeddingRequest, owner: str) -> replies.Reply:
-    service.check_model(body.model)
+    if service.check_model(body.model) is not None:
+        raise bad(f"model={body.model!r}: embeddings are those of {service.name!r} alone, without adapters", "model")
     if service.embedder is None:
         raise bad("this server makes no embeddings", "model")
     return await vectors.reply(service.embedder, body)
@@ -223,15 +226,17 @@ class Handler:
             nonlocal began
             began = True
             await send(message)
+        found: dict[str, str] = {}
+        answers.FOUND.set(found)
         async with while_connected(receive):
             made = await self.endpoint.act(self.service, body, scope["llmjax"]["owner"])
             if isinstance(made, replies.Reply):
                 if getattr(made, "usage", None):
                     scope["llmjax"]["tokens"] = made.usage.model_dump(include={"prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"})      # type: ignore[attr-defined]
-                await Response(made.json_bytes(), media_type="application/json")(scope, receive, sending)
+                await Response(made.json_bytes(), headers=found, media_type="application/json")(scope, receive, sending)
                 return
             try:
-                await send_stream(sending, made, limits.patience, self.endpoint.error)
+                await send_stream(sending, made, limits.patience, self.endpoint.error, found)
             except TimeoutError:
                 scope["llmjax"]["end"] = "the reader took nothing"
             finally:
@@ -268,10 +273,10 @@ def make_app(service: Service, *, keys: Keys | None = None, rates: Rates | None 
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def card(name: str) -> replies.ModelReply:
-        return replies.ModelReply(id=name, object="model", created=service.created, owned_by="llmjax", max_model_len=service.room)
+        return replies.ModelReply(id=name, object="model", created=service.created, owned_by="llmjax", max_model_len=service.room, parent=service.name if name in service.adapters else None)
 
     async def models(_: Request) -> Response:
-        return Response(replies.ModelList(object="list", data=[card(n) for n in (service.name, *service.aliases)]).json_bytes(), media_type="application/json")
+        return Response(replies.ModelList(object="list", data=[card(n) for n in (service.name, *service.aliases, *service.adapters)]).json_bytes(), media_type="application/json")
 
     async def model(request: Request) -> Response:
         service.check_model(request.path_params["name"])

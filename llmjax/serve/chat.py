@@ -12,12 +12,12 @@ from llmjax.serve.errors import bad
 from llmjax.serve.parsers import Call
 from llmjax.serve.protocol import ChatRequest
 from llmjax.serve.replies import ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatMessage, ChatReply, ChunkChoice, FunctionReply, Reply, ToolCallDelta, ToolCallReply
-from llmjax.serve.service import Service, fresh_id
+from llmjax.serve.service import Service, content_text, fresh_id
 
 
 async def question(service: Service, body: ChatRequest, owner: str) -> Question:
     """The request as the engine's question. Raises ApiError."""
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     tools = None if body.tool_choice == "none" else body.tools
     variables = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
@@ -40,7 +40,16 @@ async def question(service: Service, body: ChatRequest, owner: str) -> Question:
         grammar = await answers.grammar_of(service.engine, "lark", service.demand(wanted_tools, body.parallel_tool_calls and body.tool_choice == "required"), "tools")
     knobs = answers.knobs_of(body, service.engine.model.config.vocab_size)
     return Question([prompt], body.n, limit, knobs, stops, ends, (body.top_logprobs or 0) if body.logprobs else 0, owner, body.priority, service.deadline(), keep,
-                    lambda: service.listener(text, tools), grammar)
+                    lambda: service.listener(text, tools), grammar, adapter=adapter, topic=topic(service, body))
+
+
+def topic(service: Service, body: ChatRequest) -> tuple[str, str] | None:
+    """The last thing the user said, and all else that the answer depends on; None where something else was said last."""
+    *before, last = body.messages
+    if last.role != "user":
+        return None
+    around = body.model_dump_json(include={"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort", "max_tokens", "max_completion_tokens"})
+    return content_text(last), "\n".join([*(m.model_dump_json() for m in before), last.name or "", around])
 
 
 def call_reply(call: Call) -> ToolCallReply:

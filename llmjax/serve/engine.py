@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from llmjax.decode.history import History
 from llmjax.decode.pages import Pages
 from llmjax.decode.text import TextStream
 from llmjax.serve import schedule
+from llmjax.serve.adapters import Paths, attached
 from llmjax.serve.requests import End, Event, Observer, Piece, Refused, Request
 from llmjax.serve.schedule import Feed, Schedule, Shape, Work
 from llmjax.serve.step import BIASES, ENDS, FULL, PLAIN, Drawn, Memory, Rows, clean, compiled, empty_rows, no_mask, recall
@@ -51,8 +53,9 @@ DEFAULT = EngineSettings()
 class Engine:
     """Continuous batching over one model. `submit` and `cancel` may be called from any thread."""
 
-    def __init__(self, model: Any, params: Any, tokenizer: Any, settings: EngineSettings = DEFAULT, observer: Observer | None = None):
-        """Raises ConfigError for a model that generates no text, or whose layers a paged cache cannot hold."""
+    def __init__(self, model: Any, params: Any, tokenizer: Any, settings: EngineSettings = DEFAULT, observer: Observer | None = None,
+                 adapters: Paths = MappingProxyType({})):
+        """adapters: folders of LoRA adapters, by the names that requests call them by. Raises ConfigError for a model that generates no text, or whose layers a paged cache cannot hold."""
         config = model.config
         if not isinstance(config.head, LanguageHead) or config.encoder:
             raise ConfigError("serving text takes a decoder with a language head; this model answers embeddings only")
@@ -60,6 +63,8 @@ class Engine:
         self.tokenizer, self.settings, self.observer = tokenizer, settings, observer or Observer()
         places = {x.sharding for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1}
         self.mesh: jax.sharding.Mesh | None = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)      # type: ignore[assignment]
+        self.adapters = (None, *adapters)                  # the place of a name here is what the step knows it by
+        self.params = attached(self.model, self.params, adapters, self.mesh)
         if settings.page < 1 or settings.page & (settings.page - 1):
             raise ConfigError(f"page={settings.page}: a power of two is wanted")
         self.length = min(settings.length or config.context, config.context)
@@ -139,6 +144,8 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """Raises Refused where the queue is full or the server is about to end, ConfigError for a prompt or limit that can never fit."""
         for r in requests:
+            if r.adapter not in self.adapters:
+                raise ConfigError(f"the adapter {r.adapter!r} is not loaded")
             if len(r.prompt) + r.limit > self.length:
                 raise ConfigError(f"the prompt has {len(r.prompt)} tokens and {r.limit} more are asked for, together {len(r.prompt) + r.limit}; there is room for {self.length}")
         with self.wake:
@@ -299,7 +306,7 @@ class Engine:
     def open(self, request: Request) -> None:
         after = request.after.sequence if request.after is not None else None
         sequence = schedule.Sequence(next(self.schedule.numbers), len(request.prompt), list(request.prompt), request.limit, request.owner, request.priority, after, request,
-                                     waits=request.matcher is not None)
+                                     waits=request.matcher is not None, adapter=request.adapter)
         request.sequence = sequence
         if self.tokenizer is not None:
             request.text = TextStream(self.tokenizer, request.prompt, request.stops, least=request.knobs.min_tokens or 0, keep=request.keep)
@@ -334,6 +341,7 @@ class Engine:
         for i, feed in self.placed(work):
             request: Request = feed.sequence.request
             fill(rows, i, feed)
+            rows.adapter[i] = self.adapters.index(request.adapter)
             if not feed.draws:
                 continue
             self.set_knobs(rows, i, feed, request)

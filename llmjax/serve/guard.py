@@ -184,7 +184,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or not self.origins or not ("*" in self.origins or origin in self.origins):
             return []
-        return [(b"access-control-allow-origin", b"*" if "*" in self.origins else origin.encode("latin-1")), (b"access-control-expose-headers", b"x-request-id, retry-after"), (b"vary", b"origin")]
+        return [(b"access-control-allow-origin", b"*" if "*" in self.origins else origin.encode("latin-1")),
+                (b"access-control-expose-headers", b"x-request-id, retry-after, x-llmjax-cache"), (b"vary", b"origin")]
 
 
 async def answer(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:

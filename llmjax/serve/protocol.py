@@ -193,12 +193,18 @@ class CompletionRequest(Sampled):
     """POST /v1/completions."""
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)] | Annotated[list[TokenId], Field(min_length=1)] \
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    max_tokens: Count = 16
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] = False
+    echo: bool = False
     best_of: None = None
     suffix: None = None
     response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def something(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens=0: at least 1 is wanted, unless the prompt is wanted back (echo)")
+        return self
 
 
 class EmbeddingRequest(Body):

@@ -115,8 +115,8 @@ class ChatChunk(Reply):
 
 class CompletionLogprobs(Reply):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -160,6 +160,7 @@ class ModelReply(Reply):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None
 
 
 class ModelList(Reply):

@@ -81,6 +81,7 @@ class Request:
     deadline: float | None = None
     after: Request | None = None
     matcher: Matcher | None = None                     # its place in a grammar, its own
+    adapter: str | None = None                         # the name of a loaded one
     born: float = dc.field(default_factory=time.monotonic)
     sequence: schedule.Sequence | None = None
     text: TextStream | None = None

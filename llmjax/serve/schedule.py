@@ -63,6 +63,7 @@ class Sequence:
     done: bool = False
     waits: bool = False                           # for its newest token to be read: its next mask depends on it
     tag: float | None = None                      # its place in the fair queue
+    adapter: str | None = None                    # its keys are those of this adapter alone
 
     @property
     def made(self) -> int:
@@ -304,5 +305,5 @@ class Schedule:
     def named(self, s: Sequence) -> list[bytes]:
         """The names of its full pages."""
         if len(s.names) < len(s.ids) // self.page:
-            s.names = hashes(s.ids, self.page, known=s.names)
+            s.names = hashes(s.ids, self.page, adapter=s.adapter, known=s.names)
         return s.names

@@ -15,6 +15,7 @@ from llmjax import pretrained
 from llmjax.core import make_mesh
 from llmjax.core.errors import ConfigError, MissingExtra
 from llmjax.core.run_config import DType
+from llmjax.serve import adapters
 from llmjax.serve.engine import Engine, EngineSettings
 
 log = logging.getLogger("llmjax.serve")
@@ -22,7 +23,7 @@ log = logging.getLogger("llmjax.serve")
 
 @dc.dataclass(frozen=True)
 class ServerSettings:
-    """What the command line sets; see `llmjax serve --help`. api_keys: in clear. drain: seconds that running requests get after SIGTERM."""
+    """What the command line sets; see `llmjax serve --help`. api_keys: in clear. adapters: name=path. drain: seconds that running requests get after SIGTERM."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
@@ -41,6 +42,8 @@ class ServerSettings:
     reasoning_parser: str = "auto"
     embedding_model: str | None = None
     answers_kept: int | None = None
+    adapters: tuple[str, ...] = ()
+    semantic: float | None = None
 
 
 DEFAULT, ENGINE = ServerSettings(), EngineSettings()
@@ -56,6 +59,7 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
         from llmjax.serve.app import make_app
         from llmjax.serve.guard import JsonLines, Keys, Rates
         from llmjax.serve.metrics import Metrics
+        from llmjax.serve.semantic import SemanticStore
         from llmjax.serve.service import Limits, Service, Speech
         from llmjax.serve.vectors import Embedder
     except ModuleNotFoundError as error:
@@ -74,19 +78,21 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
     if tokenizer is None:
         raise ConfigError(f"{model}: the checkpoint has no tokenizer; a server of texts needs one")
     metrics = Metrics()
-    machine = Engine(module, params, tokenizer, engine, metrics)
+    name = settings.name or pathlib.Path(model).name.removesuffix(".gguf") or model
+    machine = Engine(module, params, tokenizer, engine, metrics, adapters.parse(settings.adapters, (name, *settings.aliases)))
     if settings.embedding_model is None:
         embedder = Embedder(machine.model, machine.params, tokenizer, module.config.context)
     else:
         other, weights, reader = pretrained.load(settings.embedding_model, dtype=dtype)
         embedder = Embedder(other, weights, reader, (other.config.encoder or other.config).context)
-    name = settings.name or pathlib.Path(model).name.removesuffix(".gguf") or model
     service = Service(machine, name, metrics, Speech.of(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser), Limits(settings.timeout, settings.body), settings.aliases, embedder)
     if settings.answers_kept is not None:
         service.store = Store(settings.answers_kept, lambda found: metrics.stored.labels("exact", "hit" if found else "miss").inc())
+    if settings.semantic is not None:
+        service.semantic = SemanticStore(embedder, settings.semantic, settings.answers_kept or 1024, lambda found: metrics.stored.labels("semantic", "hit" if found else "miss").inc())
     app = make_app(service, keys=keys, rates=rates, origins=settings.origins)
     log.info("starting", extra={"fields": {"model": name, "dtype": dtype, "devices": str(jax.devices()[0].device_kind), "engine": machine.describe(), "host": settings.host, "port": settings.port,
-                                           "keys": 0 if keys is None else len(keys.digests)}})
+                                           "adapters": list(service.adapters), "keys": 0 if keys is None else len(keys.digests)}})
 
     class Server(uvicorn.Server):
         """uvicorn's, with SIGTERM as the wish to end well: what runs is finished and the status is 0."""
@@ -125,6 +131,8 @@ def check(settings: ServerSettings) -> None:
         raise ConfigError(f"--port={settings.port}: a port from 1 to 65535 is wanted")
     if settings.answers_kept is not None and settings.answers_kept < 1:
         raise ConfigError(f"--response-cache={settings.answers_kept}: a number of answers from 1 is wanted")
+    if settings.semantic is not None and not 0 < settings.semantic <= 1:
+        raise ConfigError(f"--semantic-cache={settings.semantic}: the least cosine of two questions that mean the same is wanted, above 0 and at most 1, as 0.95")
     if (settings.certificate is None) != (settings.private_key is None):
         raise ConfigError("--tls-cert and --tls-key belong together")
     for option, file in (("tls-cert", settings.certificate), ("tls-key", settings.private_key)):

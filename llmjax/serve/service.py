@@ -15,6 +15,8 @@ from llmjax.serve.errors import ApiError, bad
 from llmjax.serve.metrics import Metrics
 from llmjax.serve.parsers import FORMATS, MARKERS, Listener, ThinkParser, ToolParser, choose_format
 from llmjax.serve.protocol import Message, Tool
+from llmjax.serve.scores import Scorer
+from llmjax.serve.semantic import SemanticStore
 from llmjax.serve.vectors import Embedder
 
 
@@ -54,9 +56,14 @@ class Service:
     aliases: tuple[str, ...] = ()
     embedder: Embedder | None = None
     store: Store | None = None
+    semantic: SemanticStore | None = None
+    scorer: Scorer = dc.field(init=False)
     stall: float = 120.0                               # seconds without a move after which the engine counts as stuck
     draining: bool = False
     created: int = dc.field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.scorer = Scorer(self.engine)
 
     @property
     def tokenizer(self) -> Any:
@@ -66,9 +73,18 @@ class Service:
     def room(self) -> int:
         return self.engine.length
 
-    def check_model(self, name: str | None) -> None:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(name for name in self.engine.adapters if name is not None)
+
+    def check_model(self, name: str | None) -> str | None:
+        """-> the adapter that a model's name means, None for the model itself. Raises ApiError (404) for a name that is neither."""
+        if name in self.adapters:
+            return name
         if name is not None and name not in (self.name, *self.aliases):
-            raise ApiError(404, f"model={name!r}: this server has {self.name!r}" + (f" (also called {', '.join(self.aliases)})" if self.aliases else ""), param="model", code="model_not_found")
+            more = [f"also called {', '.join(self.aliases)}"] * bool(self.aliases) + [f"with the adapters {', '.join(self.adapters)}"] * bool(self.adapters)
+            raise ApiError(404, f"model={name!r}: this server has {self.name!r}" + (f" ({'; '.join(more)})" if more else ""), param="model", code="model_not_found")
+        return None
 
     def deadline(self) -> float:
         return time.monotonic() + self.limits.timeout

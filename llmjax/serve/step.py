@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from llmjax.core import chosen
 from llmjax.decode.history import History
 from llmjax.decode.sampling import NUMBERS, Sampling, best_logprobs, sample
 from llmjax.models import Cache
@@ -30,7 +31,7 @@ class Rows:
     """What one call feeds. tokens [r, T]; start, count [r]: count tokens from position start (0: an idle row); table [r, W]; row [r] of the engine; again [r] bool: the token is the one
     this row drew last, which the host may not know yet; draws [r] bool; seed [r] uint32 and fold [r]: a draw's key is that of (seed, fold, position). made [r]: tokens drawn before.
     knobs: Sampling with all that level FULL uses, each [r]; mask [r, ceil(V / 32)] int32: a grammar's bits. level [] int32: what of it any row uses (PLAIN: nothing, DRAWN: temperature,
-    FILTERED: top_k, top_p, min_p too, FULL: everything); top [] bool: whether any row wants the best tokens' log-probabilities."""
+    FILTERED: top_k, top_p, min_p too, FULL: everything); top [] bool: whether any row wants the best tokens' log-probabilities. adapter [r]: the place of its adapter, from 1, or 0."""
     tokens: Any
     start: Any
     count: Any
@@ -45,6 +46,7 @@ class Rows:
     mask: Any
     level: Any
     top: Any
+    adapter: Any
 
 
 @register_dataclass
@@ -91,6 +93,7 @@ class Memory:
 
 def step(model: Any, params: Any, memory: Memory, rows: Rows) -> tuple[Memory, Drawn]:
     """Feeds and draws."""
+    params = chosen(params, rows.adapter)
     tokens = jnp.where(rows.again[:, None], memory.last[rows.row][:, None], rows.tokens)
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions, segments = rows.start[:, None] + offsets, (offsets < rows.count[:, None]).astype(jnp.int32)
@@ -144,7 +147,7 @@ def empty_rows(rows: int, width: int, pages: int, engine_rows: int, vocab_size: 
     numbers: dict[str, Any] = {name: np.full(rows, value, np.int32 if NUMBERS[name].whole else np.float32) for name, value in NEUTRAL.items()}
     knobs = Sampling(**numbers, logit_bias=(np.full((rows, BIASES), vocab_size, np.int32), np.zeros((rows, BIASES), np.float32)), end_tokens=np.full((rows, ENDS), vocab_size, np.int32))      # type: ignore[arg-type]
     return Rows(ints(rows, width), ints(rows), ints(rows), ints(rows, pages), np.full(rows, engine_rows, np.int32), np.zeros(rows, bool), np.zeros(rows, bool), np.zeros(rows, np.uint32),
-                ints(rows), ints(rows), knobs, no_mask(rows, vocab_size) if mask is None else mask, np.int32(PLAIN), np.bool_(False))
+                ints(rows), ints(rows), knobs, no_mask(rows, vocab_size) if mask is None else mask, np.int32(PLAIN), np.bool_(False), ints(rows))
 
 
 def no_mask(rows: int, vocab_size: int) -> np.ndarray:

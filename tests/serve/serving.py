@@ -75,7 +75,7 @@ class Alone:
 class Web:
     """The whole application on a port of this machine, in a thread; `base` is its address."""
 
-    def __init__(self, made, settings=SMALL, *, keys=(("ann", "k-ann"), ("ben", "k-ben")), rates=None, limits=None, origins=(), tools="auto"):
+    def __init__(self, made, settings=SMALL, *, keys=(("ann", "k-ann"), ("ben", "k-ben")), rates=None, limits=None, origins=(), tools="auto", adapters=None):
         import time
 
         import uvicorn
@@ -88,7 +88,7 @@ class Web:
         from llmjax.serve.vectors import Embedder
         model, params, tokenizer = made
         metrics = Metrics()
-        self.engine = Engine(model, params, tokenizer, settings, metrics)
+        self.engine = Engine(model, params, tokenizer, settings, metrics, adapters or {})
         embedder = Embedder(self.engine.model, self.engine.params, tokenizer, model.config.context)
         self.service = Service(self.engine, "tiny", metrics, Speech.of(tokenizer.chat_template, tools), limits or Limits(), ("alias",), embedder)
         self.app = make_app(self.service, keys=Keys(keys) if keys else None, rates=rates, origins=origins)
@@ -98,7 +98,7 @@ class Web:
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         until = time.monotonic() + 240
-        while not self.engine.ready and time.monotonic() < until:
+        while not self.engine.ready and not self.engine.failure and time.monotonic() < until:
             time.sleep(0.05)
         assert self.engine.ready and self.server.started
 

@@ -191,3 +191,21 @@ def test_a_grammar_is_followed_among_free_rows(alone):
         _, text, _, end = alone.wait(r)
         assert end.reason == "stop" and re.fullmatch(r"(ab|cd){2,5}!", text), text
     assert [alone.wait(r)[0] for r in free] == [alone.offline(p, 20) for p in PROMPTS[:2]]
+
+
+def test_recurrent_layers_keep_their_rows():
+    """A state stands in its row, whatever comes and goes in the others; nothing of it can be found again by prefix."""
+    from llmjax.core import Compute, GatedDelta, Layer, Mlp, ModelConfig
+    from llmjax.models import Decoder, init_params
+    tokenizer = serving.make_tokenizer()
+    config = ModelConfig(tokenizer.vocab_size, 32, prefix=(Layer(GatedDelta(2, 2, 8, 8), Mlp(24)), serving.LAYER), tied=False, context=128, end_tokens=(258,))
+    model = Decoder(config, Compute("float32"))
+    alone = serving.Alone((model, jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(1))), tokenizer))
+    try:
+        assert alone.engine.fixed and not alone.engine.share
+        asked = [alone.ask(p, 10 + 3 * i) for i, p in enumerate(PROMPTS)]
+        assert [alone.wait(r)[0] for r in asked] == [alone.offline(p, 10 + 3 * i) for i, p in enumerate(PROMPTS)]
+        again = alone.ask(PROMPTS[2], 10)
+        assert alone.wait(again)[0] == alone.offline(PROMPTS[2], 10) and again.sequence.hit == 0 and idle(alone.engine) == 0
+    finally:
+        alone.close()

@@ -256,6 +256,8 @@ def test_answers_that_are_kept(web):
         assert post(web, "/v1/completions", {**body, "n": 1, "temperature": 0, "stream": True}).text.count("data: ") == streamed.count("data: ") and seen[-1] is True
         post(web, "/v1/completions", body, {"authorization": "Bearer k-ben"})
         assert seen[-1] is False, "another key's answers are its own"
+        greedy = {**{k: v for k, v in body.items() if k != "seed"}, "temperature": 0}
+        assert [post(web, "/v1/completions", greedy).headers.get("x-llmjax-cache") for _ in range(2)] == [None, "exact"], "nothing is drawn: no seed is needed"
         count = len(seen)
         post(web, "/v1/completions", {k: v for k, v in body.items() if k != "seed"})
         assert len(seen) == count, "what is drawn anew each time is not kept"
