@@ -34,8 +34,9 @@ class Case:
 
     @property
     def what(self) -> str:
-        where = topology(self.topology)
-        return f"{self.model}, {where.chips:,} chips of {where.chip}, {' × '.join(f'{axis} {size}' for axis, size in self.layout.items())}{f', {self.suffix} layers behind the stages' if self.suffix else ''}, {self.rows} × {self.context} tokens a chip"
+        where, layout = topology(self.topology), " × ".join(f"{axis} {size}" for axis, size in self.layout.items())
+        behind = f", {self.suffix} layers behind the stages" if self.suffix else ""
+        return f"{self.model}, {where.chips:,} chips of {where.chip}, {layout}{behind}, {self.rows} × {self.context} tokens a chip"
 
 
 CASES = {
