@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.errors import ConfigError, nearest
@@ -34,6 +35,7 @@ class Paged:
 
 
 Layout = Contiguous | Paged | Streaming | HeavyHitters
+MADE: dict[str, Callable[..., Layout]] = {"contiguous": Contiguous, "paged": Paged, "streaming": Streaming, "heavy": HeavyHitters}
 
 
 @dc.dataclass(frozen=True)
@@ -46,8 +48,19 @@ class CacheKind:
     def evicts(self) -> bool:
         return isinstance(self.layout, Streaming | HeavyHitters)
 
+    @property
+    def name(self) -> str:
+        """What cache_kind reads as this."""
+        numbers = "+".join(str(x) for x in dc.astuple(self.layout))
+        layout = next(name for name, made in MADE.items() if made is type(self.layout)) + (f"={numbers}" if numbers else "")
+        kept = None if self.dtype is None else self.dtype if isinstance(self.dtype, str) else str(jnp.dtype(self.dtype))
+        return ",".join(x for x in (None if layout == "contiguous" and kept else layout, kept) if x)
 
-def cache_kind(kind: str | CacheKind | Layout | None) -> CacheKind:
+
+Kind = str | CacheKind | Layout | None
+
+
+def cache_kind(kind: Kind) -> CacheKind:
     """A name (see make_cache), a layout or a kind -> CacheKind; None is the contiguous one. Raises ConfigError for a name that there is not."""
     if kind is None or not isinstance(kind, str):
         return kind if isinstance(kind, CacheKind) else CacheKind(kind or Contiguous())
@@ -65,11 +78,10 @@ def cache_kind(kind: str | CacheKind | Layout | None) -> CacheKind:
         raise ConfigError(f"a cache of kind {layout}={numbers}: {WANTED[layout]}")
     if layout == "paged" and parts and int(parts[0]) < 1:
         raise ConfigError(f"a cache of kind {layout}={numbers}: a page has at least 1 position")
-    made: dict[str, Callable[..., Layout]] = {"contiguous": Contiguous, "paged": Paged, "streaming": Streaming, "heavy": HeavyHitters}
-    return CacheKind(made[layout](*(int(x) for x in parts)), dtype)
+    return CacheKind(MADE[layout](*(int(x) for x in parts)), dtype)
 
 
-def make_cache(model: Decoder, rows: int, length: int, kind: str | CacheKind | Layout | None = None) -> Cache:
+def make_cache(model: Decoder, rows: int, length: int, kind: Kind = None) -> Cache:
     """An empty cache of `kind`, a CacheKind or its name: a layout and a dtype, either or both, joined by a comma: "int8", "int8/int4" (keys/values), "paged", "paged=32,int4" (positions in a
     page), "streaming=4+1020,float32" (or sinks:4+1020; sinks and window), "heavy=512+512" (or h2o:512+512; heavy hitters and recent tokens). A paged one has pages for `rows` full rows.
     Raises ConfigError for a kind that there is not."""
