@@ -75,7 +75,8 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     number (row i draws from its i-th fold) or one per row drawn; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []:
     nothing. best_of: so many are drawn per prompt, and the n that score best are given, best first; the score is the mean log-probability, or what scorer(prompt, completion) says.
     logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. grammar: what answers may be (JsonSchema, Regex, Lark or Choice), for all or one per row
-    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit).
+    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit); in bfloat16
+    greedy text may then part from the text without at a near-tie (speculative.py says why).
     cache: the kind of cache, a name or a type (make_cache): "int8", "int4", "paged=16", "sinks:4+1020" (texts of any length), "h2o:512+512", … ; None: contiguous, in the computing dtype.
     Generation ends at the model's context at the latest, but over a streaming cache.
     Raises ConfigError for what cannot be done, naming it.
