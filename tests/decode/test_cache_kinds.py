@@ -3,9 +3,10 @@ import json
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 from llmjax import cli, decode
-from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Mlp, ModelConfig, Rope
+from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Mlp, ModelConfig, Rope, make_mesh
 from llmjax.core.model_config import LatentAttention
 from llmjax.models import Decoder, HeavyHitters, Streaming
 
@@ -22,6 +23,18 @@ def test_bytes_are_those_allocated(model, kind):
         pytest.skip("latent attention has no such rule")
     cache = decode.make_cache(model, 3, 50, kind)
     assert decode.cache_bytes(decode.make_cache, model, 3, 50, kind) == sum(x.nbytes for x in jax.tree.leaves(cache)) > 0
+
+
+def test_where_a_cache_lies_on_a_mesh():
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    for kind in ("bfloat16", "paged=8,int8", "streaming=3+9"):
+        cache = jax.eval_shape(lambda kind=kind: decode.make_cache(MODEL, 3, 50, kind))
+        for path, sharding in jax.tree_util.tree_flatten_with_path(decode.cache_shardings({"cache": cache}, mesh))[0]:
+            heads = any(getattr(key, "name", "") in ("k", "v") for key in path)
+            spread = [axis for axis in sharding.spec if axis is not None]
+            assert len(spread) == heads and sharding.spec[-1:] == tuple(spread), path                          # the last but one dimension, [..., K, H], or nothing
+    latents = decode.cache_shardings(jax.eval_shape(lambda: decode.make_cache(LATENTS, 3, 50)), mesh)
+    assert {s.spec for s in jax.tree.leaves(latents)} == {PartitionSpec()}                                   # one head for all devices
 
 
 def test_bytes_by_hand():
