@@ -183,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
     p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
     p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
-    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, streaming=4+1020, heavy=512+512, or two of these (paged,int8)")
+    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, sinks:4+1020, h2o:512+512, or two of these (paged,int8)")
     p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, 2xv5e-256 (two slices), h100:4x8 (as many devices as the layout names, of no kind in particular)")
     p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
     p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")

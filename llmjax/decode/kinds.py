@@ -33,6 +33,10 @@ class Paged:
     """Pages of `page` positions in one pool."""
     page: int = PAGE
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.page, int) or self.page < 1:
+            raise ConfigError(f"a cache of kind paged={self.page}: a page has at least 1 position")
+
 
 Layout = Contiguous | Paged | Streaming | HeavyHitters
 MADE: dict[str, Callable[..., Layout]] = {"contiguous": Contiguous, "paged": Paged, "streaming": Streaming, "heavy": HeavyHitters}
@@ -62,22 +66,27 @@ Kind = str | CacheKind | Layout | None
 
 def cache_kind(kind: Kind) -> CacheKind:
     """A name (see make_cache), a layout or a kind -> CacheKind; None is the contiguous one. Raises ConfigError for a name that there is not."""
-    if kind is None or not isinstance(kind, str):
-        return kind if isinstance(kind, CacheKind) else CacheKind(kind or Contiguous())
-    layout, numbers, dtype = "contiguous", "", None
+    if not isinstance(kind, str):
+        found = kind if isinstance(kind, CacheKind) else CacheKind(Contiguous() if kind is None else kind)
+        if not isinstance(found.layout, Layout):
+            raise ConfigError(f"cache={kind!r}: a name as \"int8\" or \"paged=16\", a layout (Contiguous, Paged, Streaming, HeavyHitters) or a CacheKind is wanted")
+        return found
+    layouts, dtypes = [], []
     for word in kind.split(","):
         name, _, value = word.strip().replace(":", "=").partition("=")
         if name in NAMES:
-            layout, numbers = NAMES[name], value
+            layouts.append((NAMES[name], value))
         elif name in (*FLOATS, *QUANTIZED) and not value:
-            dtype = name
+            dtypes.append(name)
         else:
             raise ConfigError(f"a cache of kind {word!r}: there is none" + nearest(name, (*NAMES, *FLOATS, *QUANTIZED)))
+    if len(layouts) > 1 or len(dtypes) > 1:
+        raise ConfigError(f"a cache of kind {kind!r}: one layout and one dtype at most (keys and values apart: int8/int4)")
+    layout, numbers = layouts[0] if layouts else ("contiguous", "")
+    dtype = dtypes[0] if dtypes else None
     parts = numbers.split("+") if numbers else []
     if numbers and (len(parts) != {"contiguous": 0, "paged": 1}.get(layout, 2) or not all(x.isdecimal() for x in parts)):
         raise ConfigError(f"a cache of kind {layout}={numbers}: {WANTED[layout]}")
-    if layout == "paged" and parts and int(parts[0]) < 1:
-        raise ConfigError(f"a cache of kind {layout}={numbers}: a page has at least 1 position")
     return CacheKind(MADE[layout](*(int(x) for x in parts)), dtype)
 
 

@@ -53,8 +53,12 @@ def test_bytes_by_hand():
 def test_kinds_have_names():
     assert decode.make_cache(MODEL, 1, 50, "paged=8,int8").page == 8 and decode.make_cache(MODEL, 1, 50, "streaming=3+9").policy == Streaming(3, 9)
     assert decode.make_cache(MODEL, 1, 50, "heavy").policy == HeavyHitters()
+    for kind in ("contiguous", "int8", "paged=8,int4", "streaming=3+9,float32", "heavy=4+4"):
+        assert decode.cache_kind(kind).name == kind and decode.cache_kind(decode.cache_kind(kind)) == decode.cache_kind(kind)
+    assert decode.cache_kind("h2o:4+4") == decode.CacheKind(HeavyHitters(4, 4)) and decode.cache_kind(Streaming()).name == "streaming=4+1020"
     for kind, words in (("padged", "did you mean 'paged'"), ("int4=3", "int4=3"), ("heavy=4", "two numbers"), ("paged=0", "at least 1 position"), ("contiguous=1", "no numbers"),
-                        ("heavy,int8", "keeps floats"), ("streaming=x+4", "two numbers are wanted")):
+                        ("heavy,int8", "keeps floats"), ("streaming=x+4", "two numbers are wanted"), ("paged,sinks", "one layout"), ("int8,int4", "one dtype"),
+                        (3, "a name as"), ("sinks:4", "two numbers")):
         with pytest.raises(ConfigError, match=words):
             decode.make_cache(MODEL, 1, 50, kind)
 
