@@ -48,7 +48,8 @@ class Case:
         return f"{self.what}-{self.chip}-{self.weights}-{self.rows}"
 
 
-CASES = {case.name: case for case in (Case(what, chip, weights, rows) for chip in CLOCKS for weights in ("bf16", "int8") for rows in (8, 64) for what in ("decode", "serve"))}
+SIZES = ("decode", 8), ("serve", 8), ("decode", 64)          # 8 full rows are one turn of the loop over pages, whose trips the program does not tell
+CASES = {case.name: case for case in (Case(what, chip, weights, rows) for chip in CLOCKS for weights in ("bf16", "int8") for what, rows in SIZES)}
 
 
 def memory(model: Any, rows: int) -> step.Memory:

@@ -18,7 +18,8 @@ from llmjax.kernels.attention.stored import decode
 
 BLOCK = 128             # keys a row and turn: measured on a CPU (1 to 16 rows, 64 to 512 keys), fewer make more turns, more do not stay in the processor's cache
 SCORES = 1 << 21        # but no more scores of all heads and rows at once than these, where queries are many
-TPU = 2048, 1 << 23     # the same on a TPU, by whose compiler's estimate a turn costs some 20,000 cycles whatever it holds (benchmarks/tpu_decode.py): as few turns as fit
+TPU = 2048, 1 << 20     # the same on a TPU, by whose compiler's estimate a turn costs some 20,000 cycles before it reads anything (as much as 16,000 keys of a head), so few turns where rows are
+                        # few; 64 rows of 2,048 keys cost a seventh more in fours of 512 than in two of 1,024, and a text of 100 tokens half as much
 
 
 @dataclasses.dataclass(frozen=True)
