@@ -8,7 +8,8 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-MARKER, TPU = "<!-- benchmarks -->", "<!-- compiled for TPUs -->"
+MARKER, TPU, DECODING = "<!-- benchmarks -->", "<!-- compiled for TPUs -->", "<!-- decoding on TPUs -->"
+RESULTS = ROOT / "benchmarks" / "results"
 ORDER = ("train_step", "decode", "data")
 
 
@@ -61,6 +62,16 @@ def compiled(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def decoding(rows: list[dict]) -> str:
+    """What tpu_decode.py measured."""
+    lines = ["| 8 chips, tensor parallel | weights | rows × positions | HBM GB | temporaries MB | largest gather | cache aliased | Mcycles (bound) |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        names = {"decode": "decode_step, contiguous cache", "serve": "the server's step, pages"}
+        lines.append(f"| {row['chip']}: {names[row['what']]} | {row['weights']} | {row['rows']} × {row['length']:,} | {row['hbm_gb']:.2f} | {row['temp_mb']:,.0f} | "
+                     f"{row['gathered_bytes'] / 1e3:,.1f} kB | {'yes' if row['donated'] else 'NO'} | {row['mcycles']:.1f} ({row['bound_mcycles']:.1f}) |")
+    return "\n".join(lines)
+
+
 def put(text: str, made: str, marker: str = MARKER) -> str:
     """README text with `made` between its two markers. Raises ValueError where there are not two."""
     parts = text.split(marker)
@@ -71,7 +82,8 @@ def put(text: str, made: str, marker: str = MARKER) -> str:
 
 def tables(text: str) -> str:
     """README text with all its tables."""
-    return put(put(text, table(results())), compiled(json.loads((ROOT / "benchmarks" / "results" / "tpu_compile.json").read_text())["cases"]), TPU)
+    text = put(put(text, table(results())), compiled(json.loads((RESULTS / "tpu_compile.json").read_text())["cases"]), TPU)
+    return put(text, decoding(json.loads((RESULTS / "tpu_decode.json").read_text())["cases"]), DECODING)
 
 
 def main() -> None:

@@ -71,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--bad-word", "--bad_word", dest="bad_words", action="append", metavar="TEXT", help="a text that may not come; may be given several times")
         parser.add_argument("--stop", action="append", help="stop at this text; may be given several times")
         parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
+        parser.add_argument("--cache", metavar="KIND", help="how keys and values are kept: int8, int4, int8/int4, paged=16, sinks:4+1020 (StreamingLLM: first and newest tokens), h2o:512+512 (heavy "
+                                                            "hitters and newest), or a layout and a dtype (paged,int8); its size goes to stderr")
         computed(parser)
 
     p = add("train", "A run's folder holds config.json, metrics.jsonl, checkpoints/, hf/ (the model in Hugging Face layout) and plots/.\n"
@@ -181,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="figures of a published size by name (llama-3-8b), or of a checkpoint: " + MODEL)
     p.add_argument("--fit", metavar="DIR", help="fit a scaling law L(N, D) to the runs below this folder; a plot goes to DIR/scaling.png")
     p.add_argument("--context", type=int, help="with --model: tokens in a row (the model's own)")
-    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, streaming=4+1020, heavy=512+512, or two of these (paged,int8)")
+    p.add_argument("--cache", metavar="KIND", help="with --model: the bytes of a cache of this kind too: int8, int4, paged=16, sinks:4+1020, h2o:512+512, or two of these (paged,int8)")
     p.add_argument("--topology", help="with --config: the chips, as v5e:16x16, v5p:4x4x8, v5p-128, 2xv5e-256 (two slices), h100:4x8 (as many devices as the layout names, of no kind in particular)")
     p.add_argument("--price", type=float, help="with --topology: US dollars a chip-hour (Google's list price, where there is one)")
     p.add_argument("--mfu", type=float, help="with --topology: model FLOPs utilisation to expect, above 0 and at most 1 (the roofline's)")
@@ -258,7 +260,7 @@ def workdir_of(args: argparse.Namespace) -> pathlib.Path:
 
 
 SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "mirostat_tau", "mirostat_eta", "repetition_penalty", "frequency_penalty",
-           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "dtype", "quantize")
+           "presence_penalty", "dry_multiplier", "min_tokens", "bad_words", "stop", "seed", "cache", "dtype", "quantize")
 
 
 def knobs(args: argparse.Namespace) -> dict[str, Any]:

@@ -235,8 +235,10 @@ def read_grammar(*, json_schema: str | None = None, regex: str | None = None, la
 
 
 def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: int = 8, dtype: DType | None = None, quantize: str | None = None,
-             beams: int | None = None, draft: str | None = None, ngram: int | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
-    """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template."""
+             beams: int | None = None, draft: str | None = None, ngram: int | None = None, cache: str | None = None, **knobs: Any) -> Iterator[dict[str, Any]]:
+    """Continuations of prompts, a batch at a time. -> {"prompt", "text", "finish", "tokens"} each; with `chat` a prompt is a user's turn of the model's chat template. cache: a kind of
+    cache (decode.make_cache), whose size goes to stderr before it is made."""
+    kind = decode.cache_kind(cache)            # a wrong name is said before anything is loaded
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
     if tokenizer is None:
         raise CheckpointError(f"{model}: the checkpoint has no tokenizer; call decode.generate with ids from Python")
@@ -258,8 +260,14 @@ def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: 
     for begin in range(0, len(prompts), batch_size):
         texts = prompts[begin:begin + batch_size]
         rows = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts] if chat else texts
-        for i, done in enumerate(answer(module, params, tokenizer, rows, **knobs)):
+        if cache is not None:
+            say_cache(kind, *decode.answer_bytes(module, tokenizer, rows, max_new_tokens=knobs.get("max_new_tokens", 64), n=beams or knobs.get("best_of") or n, cache=kind))
+        for i, done in enumerate(answer(module, params, tokenizer, rows, cache=kind, **knobs)):
             yield {"prompt": texts[i // n], "text": done.text, "finish": done.finish, "tokens": len(done.ids)}
+
+
+def say_cache(kind: decode.CacheKind, rows: int, length: int, size: int) -> None:
+    print(f"cache: {kind.name}, {rows} rows of up to {length:,} tokens, {size / 2**20:,.1f} MiB", file=sys.stderr)
 
 
 def usual_dtype() -> DType:
@@ -267,11 +275,14 @@ def usual_dtype() -> DType:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def chat(model: str, *, system: str | None = None, dtype: DType | None = None, quantize: str | None = None, max_new_tokens: int = 512, lines: Any = None, out: Any = None, **knobs: Any) -> None:
+def chat(model: str, *, system: str | None = None, dtype: DType | None = None, quantize: str | None = None, max_new_tokens: int = 512, cache: str | None = None, lines: Any = None,
+         out: Any = None, **knobs: Any) -> None:
     """A conversation on the terminal. `lines`: an iterator of what the user says (default: asks for it); /reset forgets, /quit ends."""
-    out = out or sys.stdout
+    out, kind = out or sys.stdout, decode.cache_kind(cache)
     module, params, tokenizer = pretrained.load(model, dtype=dtype or usual_dtype(), quantize=quantize)
-    session = decode.Session(module, params, tokenizer, system=system)
+    session = decode.Session(module, params, tokenizer, system=system, cache=kind)
+    if cache is not None:
+        say_cache(kind, 1, session.length, decode.cache_bytes(decode.make_cache, module, 1, session.length, kind))
     del params
     if lines is None:
         with contextlib.suppress(ImportError):

@@ -14,10 +14,12 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llmjax.core import ConfigError
-from llmjax.decode.generate import prefilled, sampling_of
+from llmjax.decode.generate import sampling_of
 from llmjax.decode.history import History, remember
+from llmjax.decode.kinds import Kind, cache_kind
 from llmjax.decode.prepare import prepared
 from llmjax.decode.prompts import Prompt, bucket, token_ids
+from llmjax.decode.reading import check_together, prefilled
 from llmjax.decode.rows import Completion, Row
 from llmjax.decode.sampling import Sampling, adjusted, start_history
 from llmjax.decode.steps import forward_one, take_rows
@@ -129,13 +131,14 @@ def search(model: Decoder, params: Any, logits: jax.Array, cache: Cache, lengths
 
 
 def beam_search(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, beams: int = 4, groups: int = 1, diversity: float = 0.0, length_penalty: float = 1.0,
-                early_stopping: bool | Literal["never"] = False, n: int = 1, max_new_tokens: int = 64, stop: Sequence[int] | None = None, **knobs: Any) -> list[Completion]:
+                early_stopping: bool | Literal["never"] = False, n: int = 1, max_new_tokens: int = 64, stop: Sequence[int] | None = None, cache: Kind = None,
+                **knobs: Any) -> list[Completion]:
     """The n best of `beams` texts for each prompt, best first: [prompt 0 best, prompt 0 second, …]. A text's score is the sum of its log-probabilities over length^length_penalty.
 
     groups: beams are divided among so many, each of which loses `diversity` for every token that an earlier group took at the same place; scores hold that loss. early_stopping: True ends
     with as many whole texts as beams; False when the best running one, at its length now, is worse than the worst whole one; "never" when it would be at its best length. stop: ids that
     end a text (None: the model's own). knobs: of sampling.Sampling those that are about more than drawing (penalties, biases, bans, min_tokens), on log-probabilities, as transformers
-    applies them. Raises ConfigError for what cannot be done.
+    applies them. cache: as in complete, contiguous (of any dtype) alone. Raises ConfigError for what cannot be done.
     """
     for name, value in (("beams", beams), ("groups", groups), ("n", n), ("max_new_tokens", max_new_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -149,6 +152,7 @@ def beam_search(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[P
     drawing = [k for k, v in knobs.items() if v is not None and k in ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "mirostat_tau", "mirostat_eta")]
     if drawing:
         raise ConfigError(f"{drawing[0]}: beam search draws nothing; leave it out, or use complete")
+    check_together(cache_kind(cache), "beams", paged=True, heavy=True, streaming=True)
     stops = make_stops(stop, tokenizer, model.config)
     if stops.texts:
         raise ConfigError(f"stop={stops.texts[0]!r}: beams end with ids; give the id, or use complete")
@@ -157,8 +161,8 @@ def beam_search(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[P
         return []
     sampling = sampling_of(len(rows) * beams, stops, tokenizer, model.config, knobs)
     model, params = prepared(model, params)
-    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=beams)
-    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=beams, cache=cache)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.room)
     rules = Rules(jnp.asarray(s.limits[::beams]), jnp.float32(diversity), jnp.float32(length_penalty), early_stopping)
     found = jax.device_get(search(model, params, s.logits, s.cache, s.lengths[::beams], sampling, history, np.asarray(stops.tokens, np.int32), rules, groups=groups, beams=beams // groups,
                                   room=bucket(int(s.limits.max()))))

@@ -15,16 +15,18 @@ import numpy as np
 from llmjax.core import ConfigError
 from llmjax.decode.constrained import TOGETHER, constrained, draw_masked
 from llmjax.decode.grammar import Constraint, Grammar
+from llmjax.decode.kinds import Kind, cache_kind
 from llmjax.decode.prepare import prepare, prepared
-from llmjax.decode.prompts import Prompt, begun, bucket, padded, token_ids
+from llmjax.decode.prompts import Prompt, begun, bucket, token_ids
+from llmjax.decode.reading import bounded, check_together, prefilled
 from llmjax.decode.rows import Completion, Row
 from llmjax.decode.sampling import Sampling, make_sampling, per_row, row_keys, start_history
 from llmjax.decode.score import score
 from llmjax.decode.speculative import Draft, Drafting, DraftModel, EarlyExit, checked, first_layers, speculated
-from llmjax.decode.steps import Decoding, begin, init_cache, loop, prefill, repeat_rows
+from llmjax.decode.steps import Decoding, begin, loop
 from llmjax.decode.stops import Stops, make_stops, stop_in
 from llmjax.decode.text import pieces
-from llmjax.models import Cache, Decoder
+from llmjax.models import Decoder
 
 CHECK_EVERY = 16                       # draws between looks for stop strings
 
@@ -55,52 +57,28 @@ def sampling_of(rows: int, stops: Stops, tokenizer: Any, config: Any, knobs: dic
     return make_sampling(rows, config.vocab_size, **knobs)
 
 
-@dc.dataclass
-class Start:
-    """Prompts that are read: logits [B, V] after them, the cache, and of each row its length, how many tokens it may make, and what a History of it begins with."""
-    logits: jax.Array
-    cache: Cache
-    lengths: np.ndarray
-    limits: np.ndarray
-    told: list[list[int]]
-
-
-def prefilled(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, n: int, spare: int = 0) -> Start:
-    """Prompts (those of an encoder-decoder are what its encoder reads) fed, each n times; the cache has room for the answers and `spare` tokens more."""
-    config, source = model.config, None
-    if config.encoder:
-        tokens, _, segments = padded(rows, min(bucket(max(map(len, rows))), max(config.encoder.context, max(map(len, rows)))))
-        source, rows = (tokens, segments), begun(rows, config)
-    told = [r for r in rows for _ in range(n)]
-    lengths = np.asarray([len(r) for r in told], np.int32)
-    limits = np.minimum(max_new_tokens, config.context - lengths + 1)
-    cache = init_cache(model, len(rows), -(-(max(map(len, rows)) + bucket(int(limits.max())) + spare) // 64) * 64)
-    tokens, positions, segments = padded(rows, min(bucket(max(map(len, rows))), cache.length))
-    logits, cache = prefill(model, params, tokens, positions, segments, cache, source)
-    if n > 1:
-        logits, cache = jnp.repeat(logits, n, 0), repeat_rows(cache, n)
-    return Start(logits, cache, lengths, limits, told)
-
-
 def start(model: Decoder, params: Any, rows: list[list[int]], *, max_new_tokens: int, sampling: Sampling, end_tokens: Sequence[int], seed: int | Sequence[int], n: int,
-          alternatives: int = 0) -> Decoding:
+          alternatives: int = 0, cache: Kind = None) -> Decoding:
     """Prompts fed, each n times, and the first tokens drawn."""
-    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=n)
-    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    s = prefilled(model, params, rows, max_new_tokens=max_new_tokens, n=n, cache=cache)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.room)
     return begin(s.logits, s.cache, s.lengths, s.limits, row_keys(seed, len(s.told)), history, sampling, np.asarray(end_tokens, np.int32), bucket(int(s.limits.max())), alternatives)
 
 
 def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None,
              seed: int | Sequence[int] = 0, n: int = 1, best_of: int | None = None, scorer: Callable[[Prompt, Completion], float] | None = None, logprobs: int = 0,
-             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, draft: Draft | None = None, **knobs: Any) -> list[Completion]:
+             prompt_logprobs: bool = False, grammar: Constraint | Sequence[Constraint | None] | None = None, draft: Draft | None = None, cache: Kind = None,
+             **knobs: Any) -> list[Completion]:
     """Continuations of each prompt, n in a row per prompt: [prompt 0 sample 0, prompt 0 sample 1, …].
 
     prompts: texts, or lists of ids (then tokenizer may be None). knobs: those of sampling.Sampling, for all, or a list of one per row drawn; texts may stand in bad_words. seed: one
     number (row i draws from its i-th fold) or one per row drawn; a draw depends on (seed, position) alone, not on the other rows. stop: texts or ids; None: the model's end tokens; []:
     nothing. best_of: so many are drawn per prompt, and the n that score best are given, best first; the score is the mean log-probability, or what scorer(prompt, completion) says.
     logprobs: so many alternatives are told at each place; prompt_logprobs: also of the prompt. grammar: what answers may be (JsonSchema, Regex, Lark or Choice), for all or one per row
-    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit).
-    Generation ends at the model's context at the latest.
+    drawn; an answer cut by max_new_tokens or a stop is a beginning of one. draft: guesses that save calls of the model (DraftModel, NGram or EarlyExit); in bfloat16
+    greedy text may then part from the text without at a near-tie (speculative.py says why).
+    cache: the kind of cache, a name or a type (make_cache): "int8", "int4", "paged=16", "sinks:4+1020" (texts of any length), "h2o:512+512", … ; None: contiguous, in the computing dtype.
+    Generation ends at the model's context at the latest, but over a streaming cache.
     Raises ConfigError for what cannot be done, naming it.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("best_of", n if best_of is None else best_of)):
@@ -113,7 +91,8 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
         raise ConfigError(f"best_of={best_of}: n={n} of them are wanted; draw as many at least")
     if scorer is not None and best_of is None:
         raise ConfigError("scorer says something about best_of, which is not given")
-    rows = token_ids(prompts, tokenizer, model.config)
+    kind = cache_kind(cache)
+    rows = token_ids(prompts, tokenizer, bounded(model.config, kind))
     if not rows:
         return []
     told = [ids for ids in begun(rows, model.config) for _ in range(drawn)]
@@ -125,11 +104,15 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
     each = [dc.replace(stops, least=least or 0, tokens=(*stops.tokens, *(g.end_tokens if g else ()))) for g, least in zip(grammars, per_row("min_tokens", knobs.get("min_tokens"), len(told), 0))]
     if draft is not None and any(grammars):
         raise ConfigError("draft and grammar do not go together yet: leave one out")
-    draft = None if draft is None else checked(draft, model)
+    if draft is not None:
+        check_together(kind, "draft", heavy=True)
+        draft = checked(draft, model)
+    if prompt_logprobs:
+        check_together(kind, "prompt_logprobs", heavy=True, streaming=True)
     model, params = prepared(model, params)
     if any(grammars) or draft is not None:
         grown = [Row(prompt, mine, 0) for prompt, mine in zip(told, each)]
-        knobs = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)
+        knobs = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs, cache=kind)
         steps: Iterator = constrain(model, params, rows, grown, grammars, **knobs) if draft is None else speculate(model, params, rows, grown, draft, **knobs)
         for count, _ in enumerate(steps, 1):
             if stops.texts and count % CHECK_EVERY == 0:
@@ -137,7 +120,8 @@ def complete(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
                     row.end_at_text(tokenizer)
         found = [row.completion(tokenizer) for row in grown]
     else:
-        found = [row.completion(tokenizer) for row in looped(model, params, tokenizer, rows, told, each, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs)]
+        found = [row.completion(tokenizer) for row in looped(model, params, tokenizer, rows, told, each, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=drawn, alternatives=logprobs,
+                                                               cache=kind)]
     if best_of is not None:
         found = [c for i in range(len(rows)) for c in ranked(prompts[i], found[i * drawn:(i + 1) * drawn], scorer)[:n]]
     if prompt_logprobs:
@@ -182,30 +166,30 @@ def grammars_of(grammar: Constraint | Sequence[Constraint | None] | None, rows: 
 
 
 def constrain(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], grammars: list[Grammar | None], *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
-              alternatives: int = 0) -> Iterator[None]:
+              alternatives: int = 0, cache: Kind = None) -> Iterator[None]:
     """`constrained` from the prompts on: fills `rows`."""
-    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=TOGETHER)
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=TOGETHER, cache=cache)
     for row, limit in zip(rows, s.limits):
         row.limit = int(limit)
-    history = start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    history = start_history(sampling, model.config.vocab_size, s.told, length=s.room)
     matchers = [g.matcher() if g else None for g in grammars]
     return constrained(model, params, s.logits, s.cache, rows, matchers, sampling, row_keys(seed, len(rows)), history, alternatives)
 
 
 def speculate(model: Decoder, params: Any, prompts: list[list[int]], rows: list[Row], draft: Draft, *, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int], n: int,
-              alternatives: int = 0) -> Iterator[list[tuple[int, int]]]:
+              alternatives: int = 0, cache: Kind = None) -> Iterator[list[tuple[int, int]]]:
     """`speculated` from the prompts on: fills `rows`."""
     side = Drafting(draft, None, None, None)
     if isinstance(draft, DraftModel):
         side = Drafting(draft, *prepare(draft.model, draft.params), None)
     elif isinstance(draft, EarlyExit):
         side = Drafting(draft, *first_layers(model, params, draft.layers), None)
-    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=draft.tokens + 1)
+    s = prefilled(model, params, prompts, max_new_tokens=max_new_tokens, n=n, spare=draft.tokens + 1, cache=cache)
     if side.model is not None:
         side.cache = prefilled(side.model, side.params, prompts, max_new_tokens=max_new_tokens, n=n, spare=2 * draft.tokens + 2).cache
     for row, limit in zip(rows, s.limits):
         row.limit = int(limit)
-    keys, history = row_keys(seed, len(rows)), start_history(sampling, model.config.vocab_size, s.told, length=s.cache.length)
+    keys, history = row_keys(seed, len(rows)), start_history(sampling, model.config.vocab_size, s.told, length=s.room)
     active = np.ones(len(rows), bool)
     tokens, logprobs, others, history = draw_masked(s.logits, sampling, keys, s.lengths, history, None, active, alternatives)
     tokens, logprobs, others = jax.device_get((tokens, logprobs, others))
@@ -223,18 +207,18 @@ def generate(model: Decoder, params: Any, tokenizer: Any, prompts: Sequence[Prom
 
 
 def stream(model: Decoder, params: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int = 64, stop: str | Sequence[str | int] | None = None, seed: int | Sequence[int] = 0,
-           grammar: Constraint | None = None, **knobs: Any) -> Iterator[str]:
+           grammar: Constraint | None = None, cache: Kind = None, **knobs: Any) -> Iterator[str]:
     """One prompt's continuation in pieces of whole characters; text that may be the beginning of a stop string is held back until it is clear. Knobs as in `complete`."""
-    rows = token_ids([prompt], tokenizer, model.config)
+    rows = token_ids([prompt], tokenizer, bounded(model.config, cache_kind(cache)))
     stops = dc.replace(make_stops(stop, tokenizer, model.config), least=knobs.get("min_tokens") or 0)
     sampling = sampling_of(1, stops, tokenizer, model.config, knobs)
     told, made = begun(rows, model.config)[0], grammars_of(grammar, 1, tokenizer, model.config)
     model, params = prepared(model, params)
     if made[0] is not None:
         row = Row(told, dc.replace(stops, tokens=(*stops.tokens, *made[0].end_tokens)), 0)
-        ids = new_ids(row, constrain(model, params, rows, [row], made, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=1))
+        ids = new_ids(row, constrain(model, params, rows, [row], made, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, n=1, cache=cache))
     else:
-        ids = token_stream(model, params, start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1), sampling, stops)
+        ids = token_stream(model, params, start(model, params, rows, max_new_tokens=max_new_tokens, sampling=sampling, end_tokens=stops.tokens, seed=seed, n=1, cache=cache), sampling, stops)
     yield from pieces(ids, tokenizer, stops, told)
 
 

@@ -18,16 +18,18 @@ from llmjax.checkpoint import safetensors_file
 from llmjax.checkpoint.table import Export
 from llmjax.core import CheckpointError, ConfigError
 from llmjax.decode.generate import sampling_of, token_stream
+from llmjax.decode.kinds import Kind, cache_kind, make_cache
 from llmjax.decode.prepare import prepared
 from llmjax.decode.prompts import bucket
+from llmjax.decode.reading import bounded, check_together, in_pieces
 from llmjax.decode.sampling import row_keys, start_history
-from llmjax.decode.steps import begin, can_rewind, grow, init_cache, prefill, rewind
+from llmjax.decode.steps import begin, can_rewind, grow, prefill, rewind
 from llmjax.decode.stops import make_stops
 from llmjax.decode.text import pieces
-from llmjax.models import Decoder
+from llmjax.models import Cache, Decoder
 
 Message = dict[str, str]
-FORMAT = "llmjax conversation 1"
+FORMAT = "llmjax conversation 2"
 ABOUT = "about"                        # the tensor that holds all but the cache, as JSON
 FIRST = 512                            # slots a conversation starts with; doubled as it grows
 
@@ -35,24 +37,29 @@ FIRST = 512                            # slots a conversation starts with; doubl
 class Session:
     """One conversation with a model. `messages` is what was said; `ids` are the tokens the cache holds; `fed` counts tokens computed for prompts so far."""
 
-    def __init__(self, model: Decoder, params: Any, tokenizer: Any, *, length: int | None = None, system: str | None = None, dtype: Any = None):
-        """length: how long the conversation may get (the model's context unless given); the cache grows as it does. dtype: what it is kept in, as in init_cache. Raises ConfigError without
-        a chat template."""
+    def __init__(self, model: Decoder, params: Any, tokenizer: Any, *, length: int | None = None, system: str | None = None, cache: Kind = None):
+        """length: how long the conversation may get (the model's context unless given; over a streaming cache there is no end); the cache grows as it does. cache: its kind, as in complete.
+        Raises ConfigError without a chat template, and for a paged cache."""
         if tokenizer is None or not tokenizer.chat_template:
             raise ConfigError("this model has no chat template: use `generate` with a plain prompt, or a tokenizer with a template")
         self.model, self.params = prepared(model, params)
         self.tokenizer = tokenizer
-        self.length = min(length or model.config.context, model.config.context)
-        self.dtype = dtype
-        self.cache = init_cache(self.model, 1, min(FIRST, self.length), dtype)
+        self.kind = cache_kind(cache)
+        check_together(self.kind, "a conversation, whose cache grows,", paged=True)
+        longest = bounded(model.config, self.kind).context
+        self.length = min(length or longest, longest)
+        self.cache = self.empty_cache(FIRST)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.ids: list[int] = []
         self.fed = 0
 
+    def empty_cache(self, size: int) -> Cache:
+        return make_cache(self.model, 1, min(size, self.length), self.kind)
+
     def reset(self) -> None:
         """Forgets the conversation but for a system message."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-        self.ids, self.cache = [], init_cache(self.model, 1, min(FIRST, self.length), self.dtype)
+        self.ids, self.cache = [], self.empty_cache(FIRST)
 
     def fork(self) -> Session:
         """A second conversation with the same past; neither changes the other. Costs a copy of the cache. Raises ConfigError while an answer is being made."""
@@ -66,7 +73,7 @@ class Session:
         self.check_idle("save")
         path = pathlib.Path(path)
         told = dict(format=FORMAT, model=fingerprint(self.model, self.params), messages=self.messages, ids=self.ids, fed=self.fed, length=self.length, size=self.cache.length,
-                    empty=self.cache.empty, dtype=None if self.dtype is None else str(self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype)))
+                    empty=self.cache.empty, cache=self.kind.name)
         arrays = {ABOUT: np.frombuffer(json.dumps(told).encode(), np.uint8)} | {f"cache/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(self.cache))}
         part = path.with_name(path.name + ".part")
         safetensors_file.write_file(part, [Export(name, x.shape, x.dtype, functools.partial(np.asarray, x)) for name, x in arrays.items()])
@@ -81,10 +88,10 @@ class Session:
         told = json.loads(source.read(ABOUT).tobytes()) if ABOUT in source.shapes else {}
         if told.get("format") != FORMAT:
             raise CheckpointError(f"{path}: this is no conversation that Session.save wrote")
-        session = cls(model, params, tokenizer, length=told["length"], dtype=told["dtype"])
+        session = cls(model, params, tokenizer, length=told["length"], cache=told["cache"])
         if told["model"] != fingerprint(session.model, session.params):
             raise CheckpointError(f"{path}: the conversation was had with another model, other weights or another form of them; begin a Session and set its messages to go on")
-        like = dc.replace(init_cache(session.model, 1, told["size"], told["dtype"]), empty=told["empty"])
+        like = dc.replace(session.empty_cache(told["size"]), empty=told["empty"])
         leaves, tree = jax.tree.flatten(like)
         arrays = [source.read(f"cache/{i}") for i in range(len(leaves))]
         if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(arrays, leaves)):
@@ -108,7 +115,7 @@ class Session:
         logits = self.feed(ids, len(ids) + limit)
         stops = dc.replace(make_stops(stop, self.tokenizer, self.model.config), least=knobs.get("min_tokens") or 0)
         sampling = sampling_of(1, stops, self.tokenizer, self.model.config, knobs)
-        history = start_history(sampling, self.model.config.vocab_size, [ids], length=self.length)
+        history = start_history(sampling, self.model.config.vocab_size, [ids], length=min(self.length, self.model.config.context))
         state = begin(logits, self.cache, np.asarray([len(ids)], np.int32), np.asarray([limit], np.int32), row_keys(seed, 1), history, sampling,
                       np.asarray(stops.tokens, np.int32), bucket(limit))
         kept, answer = [state], []
@@ -125,7 +132,7 @@ class Session:
     def feed(self, ids: list[int], room: int) -> jax.Array:
         """Brings the cache to hold exactly `ids`, with room for `room` positions, by computing only what it lacks. -> logits [1, V] after the last."""
         size = self.cache.length
-        while size < room:
+        while size < room and not self.kind.evicts:
             size = min(2 * size, self.length)
         if size > self.cache.length:
             self.cache = grow(self.model, self.cache, size)
@@ -135,7 +142,7 @@ class Session:
             if can_rewind(self.cache):
                 self.cache = rewind(self.cache, jnp.asarray([same], jnp.int32))
             else:
-                self.cache, same = init_cache(self.model, 1, self.cache.length, self.dtype), 0
+                self.cache, same = self.empty_cache(self.cache.length), 0
         new = ids[same:]
         self.fed += len(new)
         size = bucket(len(new))
@@ -144,7 +151,7 @@ class Session:
         positions = same + np.arange(size, dtype=np.int32)[None]
         segments = (np.arange(size) < len(new)).astype(np.int32)[None]
         cache = dc.replace(self.cache, empty=self.cache.empty and same == 0)
-        logits, self.cache = prefill(self.model, self.params, tokens, positions, segments, cache)
+        logits, self.cache = (in_pieces if self.kind.evicts else prefill)(self.model, self.params, tokens, positions, segments, cache)
         self.ids = ids
         return logits
 

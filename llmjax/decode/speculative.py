@@ -1,7 +1,11 @@
 """Speculative decoding: something cheap guesses several tokens, the model judges them in one call, and what is made follows the model's own distribution exactly.
 
 A guess x drawn from q is taken with probability min(1, p(x) / q(x)), and where it is not, a token is drawn from max(p - q, 0) (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1;
-Chen et al. 2023, arXiv:2302.01318). p and q are what `sample` draws from with the same knobs, so every knob works, and a greedy row makes exactly what it makes without a draft.
+Chen et al. 2023, arXiv:2302.01318). p and q are what `sample` draws from with the same knobs, so every knob works, and a greedy row makes what it makes without a draft.
+
+That holds for the logits of the call that judges. A product over T rows adds up in another order than one over a single row, and no product we have is the same for both: in float32 the
+difference is in the last bits and text parts only where two tokens are as good as equal; in bfloat16 scores are rounded to 8 bits, near-ties are common, and greedy text with a draft may leave
+the text without one after some tens of tokens. Both are then greedy texts of the same model under its own rounding; who needs the same tokens computes in float32.
 
 Legend: B rows, G guesses, T = G + 1 tokens judged at a time, V vocabulary.
 """

@@ -8,13 +8,14 @@ import dataclasses as dc
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, platform
+from llmjax.core import Compute, Layout, constrain, dot, dots, free_axes, partitioned, platform
 from llmjax.core.model_config import MAX_CHUNKS, Attention, LatentAttention, Norm, Temperature
 from llmjax.core.positions import Alibi, Disentangled, RelativeBuckets
 from llmjax.kernels import attention as kernels
@@ -27,6 +28,8 @@ from llmjax.models.module import Module, along, compact, vector, weight
 from llmjax.models.norms import Normalize
 from llmjax.models.paged import InPages, write
 from llmjax.models.relative import disentangled
+
+SLOTS, FEW = 128, 16          # on a CPU so many queries at most look at as few slots as will do, at least at so many
 
 Kept = KeyValue | Pool | Sinks | Heavy | None
 
@@ -184,7 +187,7 @@ def look(k: jax.Array, v: jax.Array, context: Context, stored: Kept, window: int
     if context.empty and k.shape[1] > 1:
         return mine, stored
     if k.shape[1] == 1 or not window or old.k.shape[1] > window:
-        return Seen(decode(stored.k, k.dtype), decode(stored.v, v.dtype), place.after.positions, place.after.segments, False), stored
+        return Seen(stored.k, stored.v, place.after.positions, place.after.segments, False, by_slot=True), stored
     segments = jnp.ones(k.shape[:2], jnp.int32) if context.segments is None else context.segments
     past = ((decode(x, y.dtype), decode(encode(x, y), y.dtype)) for x, y in ((old.k, k), (old.v, v)))          # what is kept in 8 bits is seen so, wherever it stands
     pairs: tuple[Any, ...] = (*past, (place.before.positions, context.positions), (place.before.segments, segments))
@@ -204,6 +207,14 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
+    if seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and seen.k.shape[1] > SLOTS and platform() == "cpu" and not partitioned():
+        reach = context.reach(q.shape[1])
+        assert segments is not None and reach is not None
+        newest = jnp.max(jnp.where(segments > 0, reach, -1))
+        again = functools.partial(attend, spec=spec, scale=scale, compute=compute, layout=layout, sinks=sinks, slopes=slopes)
+        return over_used(lambda part: again(q, dc.replace(part, by_slot=False), context), seen, newest)
+    k, v = decode(seen.k, q.dtype), decode(seen.v, q.dtype)
+    seen = dc.replace(seen, k=k, v=v if seen.width is None else k[..., :seen.width])
     where: dict[str, Any] = dict(query_positions=context.reach(q.shape[1]), query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
     if spec.chunked:
         assert spec.window
@@ -232,6 +243,16 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     if across or ((rows * columns > 1 or inside) and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
         implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=cuts if across else ())
     return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
+
+
+def over_used(attention: Callable[[Seen], jax.Array], seen: Seen, newest: jax.Array) -> jax.Array:
+    """`attention` over so many of the slots, SLOTS times a power of two of them or all, as hold every position up to `newest` [] (a ring that has come round: all). The others are empty or not
+    yet to be seen, so the answer is the same; a CPU, which computes scores far below its memory's speed, is done in a share of the time (SmolLM2-135M,
+    float32, two shared cores, a step over 128 of 2,048 slots: 50 ms instead of 87, over 1,024: 82 instead of 92, over all: 74 and 71, which is noise)."""
+    size = seen.k.shape[1]
+    counts = [SLOTS << i for i in range((size - 1).bit_length()) if SLOTS << i < size]
+    branches = [lambda count=count: attention(seen.first(count)) for count in counts]
+    return jax.lax.switch(jnp.sum(newest >= jnp.asarray(counts)), [*branches, lambda: attention(seen)])
 
 
 def chunks(segments: jax.Array | None, positions: jax.Array | None, length: int, chunk: int) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.tree_util import register_dataclass
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import ModelConfig, Recurrent, rotation
 from llmjax.core.positions import Rope
+from llmjax.kernels.attention.stored import Stored
 from llmjax.models import rope as rotary
 from llmjax.models.cache import Cache, Plan, next_positions, plan
 from llmjax.models.evicting import Eviction, evict
@@ -25,16 +26,24 @@ Table = tuple[jax.Array, jax.Array]
 @register_dataclass
 @dc.dataclass(frozen=True)
 class Seen:
-    """What queries may look at: k [B, S, K, H], v [B, S, K, Hv], positions and segments [B, S] (None: a range, one document); in_order: they are this call's own tokens."""
-    k: jax.Array
-    v: jax.Array
+    """What queries may look at: k [B, S, K, H], v [B, S, K, Hv] as they are kept, positions and segments [B, S] (None: a range, one document); in_order: they are this call's own tokens;
+    by_slot: slot i holds a position that is i mod S. width: values are the first so many numbers of keys (None: they are `v`)."""
+    k: Stored
+    v: Stored
     positions: jax.Array | None
     segments: jax.Array | None
     in_order: bool = dc.field(metadata=dict(static=True))
+    by_slot: bool = dc.field(default=False, metadata=dict(static=True))
+    width: int | None = dc.field(default=None, metadata=dict(static=True))
 
     def inside(self, width: int) -> Seen:
         """The same with the first `width` numbers of keys as values."""
-        return dc.replace(self, v=self.k[..., :width])
+        return dc.replace(self, width=width)
+
+    def first(self, count: int) -> Seen:
+        """Of a cache by slots the first `count`."""
+        k, v, positions, segments = (jax.tree.map(lambda x: x[:, :count], part) for part in (self.k, self.v, self.positions, self.segments))
+        return dc.replace(self, k=k, v=v, positions=positions, segments=segments)
 
 
 @register_dataclass

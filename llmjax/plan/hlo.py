@@ -1,6 +1,7 @@
 """What a compiled TPU program says about itself, read from its text: collectives with their bytes, and the compiler's estimate of cycles, each as often as its loop runs.
 
-The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0); loops without one are counted once and named. The
+The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0); loops without one are counted once and named. Of a
+conditional the first branch counts (`lax.switch`'s 0, the false one of `lax.cond`). The
 pieces of one asynchronous collective stand in several fusions with the same channel: they count once in the computation around them. Estimated cycles stand on fusions, convolutions and
 copies alone: collectives and Pallas kernels carry none.
 """
@@ -130,9 +131,9 @@ def read(text: str) -> dict[str, Any]:
                 if callee in known:
                     walk(callee, times, seen, around)
             elif x.op == "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", "".join(re.findall(r"(?:true_computation|false_computation|branch_computations)=([^ ]*)", x.text))):
-                    if branch in known:
-                        walk(branch, times, seen, around)
+                branch = re.search(r"(?:branch_computations=\{|false_computation=)%([\w.\-]+)", x.text)
+                if branch and branch[1] in known:
+                    walk(branch[1], times, seen, around)
             elif x.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.text:
                 kernels[re.sub(r"[.\d]+$", "", x.name)] += times
     walk(entry, 1, set())

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from llmjax import decode
 from llmjax.core.errors import ConfigError
@@ -125,16 +125,7 @@ class Engine:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def placed_on_mesh(self, state: Any) -> Any:
-        """Key and value heads lie where their weights do, over the mesh's tensor axis, if it divides them; everything else is everywhere."""
-        mesh = self.mesh
-        if mesh is None:
-            return state
-        parts = mesh.shape.get("tensor", 1)
-
-        def place(path: Any, x: jax.Array) -> jax.Array:
-            heads = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("k", "v") and x.shape[-2] % parts == 0
-            return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 2), "tensor") if heads and parts > 1 else PartitionSpec()))
-        return jax.tree_util.tree_map_with_path(place, state)
+        return state if self.mesh is None else jax.device_put(state, decode.cache_shardings(state, self.mesh))
 
     # from other threads
 

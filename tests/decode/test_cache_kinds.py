@@ -3,9 +3,10 @@ import json
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 from llmjax import cli, decode
-from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Mlp, ModelConfig, Rope
+from llmjax.core import Attention, Compute, ConfigError, GatedDelta, Layer, Mlp, ModelConfig, Rope, make_mesh
 from llmjax.core.model_config import LatentAttention
 from llmjax.models import Decoder, HeavyHitters, Streaming
 
@@ -24,6 +25,18 @@ def test_bytes_are_those_allocated(model, kind):
     assert decode.cache_bytes(decode.make_cache, model, 3, 50, kind) == sum(x.nbytes for x in jax.tree.leaves(cache)) > 0
 
 
+def test_where_a_cache_lies_on_a_mesh():
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    for kind in ("bfloat16", "paged=8,int8", "streaming=3+9"):
+        cache = jax.eval_shape(lambda kind=kind: decode.make_cache(MODEL, 3, 50, kind))
+        for path, sharding in jax.tree_util.tree_flatten_with_path(decode.cache_shardings({"cache": cache}, mesh))[0]:
+            heads = any(getattr(key, "name", "") in ("k", "v") for key in path)
+            spread = [axis for axis in sharding.spec if axis is not None]
+            assert len(spread) == heads and sharding.spec[-1:] == tuple(spread), path                          # the last but one dimension, [..., K, H], or nothing
+    latents = decode.cache_shardings(jax.eval_shape(lambda: decode.make_cache(LATENTS, 3, 50)), mesh)
+    assert {s.spec for s in jax.tree.leaves(latents)} == {PartitionSpec()}                                   # one head for all devices
+
+
 def test_bytes_by_hand():
     """Of one attention layer with 2 heads of 8: keys and values of 50 positions, their slots (two int32), scales (bfloat16)."""
     model = Decoder(ModelConfig(61, 32, prefix=(FULL,), context=64), Compute("bfloat16"))
@@ -40,8 +53,12 @@ def test_bytes_by_hand():
 def test_kinds_have_names():
     assert decode.make_cache(MODEL, 1, 50, "paged=8,int8").page == 8 and decode.make_cache(MODEL, 1, 50, "streaming=3+9").policy == Streaming(3, 9)
     assert decode.make_cache(MODEL, 1, 50, "heavy").policy == HeavyHitters()
+    for kind in ("contiguous", "int8", "paged=8,int4", "streaming=3+9,float32", "heavy=4+4"):
+        assert decode.cache_kind(kind).name == kind and decode.cache_kind(decode.cache_kind(kind)) == decode.cache_kind(kind)
+    assert decode.cache_kind("h2o:4+4") == decode.CacheKind(HeavyHitters(4, 4)) and decode.cache_kind(Streaming()).name == "streaming=4+1020"
     for kind, words in (("padged", "did you mean 'paged'"), ("int4=3", "int4=3"), ("heavy=4", "two numbers"), ("paged=0", "at least 1 position"), ("contiguous=1", "no numbers"),
-                        ("heavy,int8", "keeps floats"), ("streaming=x+4", "two numbers are wanted")):
+                        ("heavy,int8", "keeps floats"), ("streaming=x+4", "two numbers are wanted"), ("paged,sinks", "one layout"), ("int8,int4", "one dtype"),
+                        (3, "a name as"), ("sinks:4", "two numbers")):
         with pytest.raises(ConfigError, match=words):
             decode.make_cache(MODEL, 1, 50, kind)
 

@@ -38,9 +38,9 @@ def test_forks_do_not_disturb_each_other(talking):
     assert third.messages == session.messages[:4] and other.messages[:2] == session.messages[:2] and other.fed - fed < 140       # its own words; with the history twice it would be twice that
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_a_saved_conversation_goes_on(talking, tmp_path, dtype):
-    session = decode.Session(*talking, dtype=dtype, system="Be brief.")
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_saved_conversation_goes_on(talking, tmp_path, kind):
+    session = decode.Session(*talking, cache=kind, system="Be brief.")
     say(session, "Good morning.")
     session.save(tmp_path / "talk")
     want = [say(session, text) for text in ("And now?", "Why?")]

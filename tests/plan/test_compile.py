@@ -1,12 +1,15 @@
 """The reader of compiled programs on a program written by hand; and, where libtpu is installed, a small run compiled for TPUs that are not there."""
+import dataclasses as dc
 import importlib.util
 import json
 
+import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax import cli, run, settings
-from llmjax.core import ConfigError, MissingExtra, make_mesh
-from llmjax.plan import chips, compile, hlo
+from llmjax.core import Attention, ConfigError, Layer, MissingExtra, Mlp, ModelConfig, Rope, make_mesh
+from llmjax.plan import chips, compile, decoding, hlo
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -117,6 +120,25 @@ def test_a_kernel_inside_a_stage_is_lowered(monkeypatch):
         monkeypatch.setenv(name, value)
     config = settings.load("configs/pretrain.py:model=qwen3-0.6b", [x for x in SMALL if "fsdp" not in x] + ["layout.stage=2", "layout.fsdp=2"])
     assert "splash" in compile.lower(config, chips.topology("v5e:2x2")).as_text()
+
+
+@needs_libtpu
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_decode_step_gathers_no_weight_and_keeps_its_cache(monkeypatch, quantize):
+    for name, value in compile.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    config = ModelConfig(2048, 1024, cycle=(Layer(Attention(8, 8, 128, Rope()), Mlp(2048)),), repeats=2, context=512)
+    made = decoding.spread(config, chips.topology("v5e:2x4"), quantize=quantize)
+    program = decoding.lower(made, 8, 512).compile()
+    said, sizes = hlo.read(program.as_text()), program.memory_analysis()
+    assert set(said["collectives"]) == {"all-reduce"}                                              # two a layer and the embedding's; weights stay where they are
+    assert sizes.alias_size_in_bytes >= 2 * 2 * 8 * 512 * 128 * 2                                  # keys and values of a head a device: all given back in place
+    layer = (4 * 1024 * 128 + 3 * 1024 * 256) * 2
+    assert sizes.temp_size_in_bytes < layer and sizes.argument_size_in_bytes < 2 * (layer + 1024 * 256 * 2 + 2 * 8 * 512 * 128 * 2) + 2**20
+    if quantize is None:
+        apart = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(made.mesh, PartitionSpec())), made.params)
+        whole = decoding.lower(dc.replace(made, params=apart), 8, 512).compile()
+        assert whole.memory_analysis().argument_size_in_bytes > 4 * sizes.argument_size_in_bytes            # the figures see where weights lie
 
 
 @needs_libtpu

@@ -18,6 +18,8 @@ from llmjax.kernels.attention.stored import decode
 
 BLOCK = 128             # keys a row and turn: measured on a CPU (1 to 16 rows, 64 to 512 keys), fewer make more turns, more do not stay in the processor's cache
 SCORES = 1 << 21        # but no more scores of all heads and rows at once than these, where queries are many
+TPU = 2048, 1 << 20     # the same on a TPU, by whose compiler's estimate a turn costs some 20,000 cycles before it reads anything (as much as 16,000 keys of a head), so few turns where rows are
+                        # few; 64 rows of 2,048 keys cost a seventh more in fours of 512 than in two of 1,024, and a text of 100 tokens half as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Rule:
         return see if self.chunk is None else see & (q // self.chunk == k // self.chunk)
 
 
-def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: float | None, scale: float, sinks=None, slopes=None, width: int | None = None, block: int = BLOCK) -> jax.Array:
+def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: float | None, scale: float, sinks=None, slopes=None, width: int | None = None, block: int | None = None) -> jax.Array:
     """The sum of `reference` over positions 0 … p of each row, causal. Not differentiable (decoding alone).
 
     q [B, T, N, H]; k [P, page, K, H], v [P, page, K, Hv], arrays or quantised (stored.py); table [B, W] int32 (entries beyond a row's newest page may be anything); positions [B, T]
@@ -47,7 +49,8 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     -> [B, T, N, Hv] in `q.dtype`; scores and sums are float32, probabilities enter their product in `q.dtype`.
     """
     (B, T, N, H), (P, page, K), W = q.shape, k.shape[:3], table.shape[1]
-    count = max(1, min(max(1, min(block, SCORES // (B * N * T))) // page, W))             # pages a turn
+    most, scores = TPU if platform() == "tpu" else (BLOCK, SCORES)
+    count = max(1, min(max(1, min(block or most, scores // (B * N * T))) // page, W))      # pages a turn
     table = jnp.clip(jnp.pad(table, [(0, 0), (0, -W % count)]), 0, P - 1)
     newest = jnp.max(jnp.where(used, positions, -1), 1)                                    # [B]
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)                       # [B, K, G, T, H]; gathered, G and T are one axis

@@ -61,8 +61,8 @@ def empty(shape: tuple[int, ...], kind: Any) -> Stored:
     if kind == "int4" and shape[-1]:
         if shape[-1] % 2:
             raise ValueError(f"a cache in 4 bits keeps two numbers a byte: a head of {shape[-1]} has an odd number; use int8")
-        scales = jnp.zeros((*shape[:-1], shape[-1] // math.gcd(shape[-1], GROUP)), jnp.bfloat16)
-        return Int4(jnp.zeros((*shape[:-1], shape[-1] // 2), jnp.uint8), scales, scales)
+        scale, low = (jnp.zeros((*shape[:-1], shape[-1] // math.gcd(shape[-1], GROUP)), jnp.bfloat16) for _ in range(2))        # two arrays: one given away twice is an error
+        return Int4(jnp.zeros((*shape[:-1], shape[-1] // 2), jnp.uint8), scale, low)
     return jnp.zeros(shape, jnp.bfloat16 if kind in ("int8", "int4") else kind)
 
 
