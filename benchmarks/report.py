@@ -9,7 +9,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARKER, TPU = "<!-- benchmarks -->", "<!-- compiled for TPUs -->"
-ORDER = ("train_step", "decode", "data")
+ORDER = ("train_step", "decode", "serve", "data")
 
 
 def results(folder: pathlib.Path = ROOT / "benchmarks" / "results") -> list[dict]:

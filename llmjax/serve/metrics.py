@@ -40,6 +40,7 @@ class Metrics(Observer):
         gauge("llmjax_cache_pages", "pages of the cache", lambda: engine.pages.count)
         gauge("llmjax_cache_pages_used", "pages that some sequence refers to", lambda: engine.pages.used)
         gauge("llmjax_preemptions", "sequences put back for want of pages since the start", lambda: engine.schedule.preemptions)
+        gauge("llmjax_programs_missing", "faster forms of the step that are not compiled yet", lambda: len(engine.shapes) - len(engine.known))
         gauge("llmjax_stalled_seconds", "seconds since the engine last moved while there was something to do", lambda: engine.stalled)
 
     def text(self) -> bytes:
