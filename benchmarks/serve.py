@@ -7,6 +7,7 @@ here. A turn's time goes from the first request sent to the last token had. Prin
 """
 import asyncio
 import contextlib
+import itertools
 import json
 import pathlib
 import queue
@@ -129,7 +130,7 @@ def tiny(folder: str) -> str:
 def latency(turns: list[Times]) -> dict[str, float]:
     """Milliseconds, medians."""
     firsts = [s[1] - s[0] for times in turns for s in times]
-    gaps = [b - a for times in turns for s in times for a, b in zip(s[1:], s[2:])]
+    gaps = [b - a for times in turns for s in times for a, b in itertools.pairwise(s[1:])]
     return {"first token": round(1e3 * statistics.median(firsts), 1), "between tokens": round(1e3 * statistics.median(gaps), 2)}
 
 
@@ -160,7 +161,9 @@ def main() -> int:
     late = {name: latency(turns[-args.rounds:]) for name, turns in kept.items()}
     what = "a tiny Llama" if args.smoke else f"{pathlib.Path(args.model).name}, float32"
     rows = [common.row(f"serving {streams} streams, {what}", "tok/s", {f"llmjax, {many}": speed[f"http, {many}"], one: speed[f"http, {one}"]}, more_is_better=True)]
-    rows += [common.row(f"HTTP over the engine alone, {n}, {what}", "tok/s", {"llmjax over HTTP": speed[f"http, {n}"], "the engine alone": speed[f"engine, {n}"]}, more_is_better=True) for n in (many, one)]
+    for n in (many, one):
+        sides = {"llmjax over HTTP": speed[f"http, {n}"], "the engine alone": speed[f"engine, {n}"]}
+        rows.append(common.row(f"HTTP over the engine alone, {n}, {what}", "tok/s", sides, more_is_better=True))
     rows += [common.row(f"time to the first token, {one}, {what}", "ms", {"llmjax over HTTP": late[f"http, {one}"]["first token"], "the engine alone": late[f"engine, {one}"]["first token"]},
                         more_is_better=False)]
     common.emit("serve", args, rows, ("jax", "uvicorn", "starlette"), latency=late, seconds=seconds)

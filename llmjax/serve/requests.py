@@ -9,7 +9,7 @@ from collections.abc import Callable
 from llmjax.decode.grammar import Matcher
 from llmjax.decode.text import TextStream
 from llmjax.serve import schedule
-from llmjax.serve.schedule import Work
+from llmjax.serve.schedule import Guesses, Work
 from llmjax.serve.step import DRAWN, FILTERED, FULL, PLAIN
 
 
@@ -107,6 +107,7 @@ class Observer:
     def between_tokens(self, seconds: float) -> None: ...
     def ended(self, request: Request, reason: str, seconds: float) -> None: ...
     def stepped(self, work: Work) -> None: ...
+    def judged(self, guesses: Guesses, right: int) -> None: ...
 
 
 def fresh_seed() -> int:
