@@ -21,7 +21,7 @@ import numpy as np
 from llmjax.core.errors import ConfigError, nearest
 from llmjax.decode.grammar import Matcher
 from llmjax.decode.speculative import NGram, lookup
-from llmjax.serve.requests import Request
+from llmjax.serve.requests import Luck, Request
 from llmjax.serve.schedule import Feed, Guesses
 
 
@@ -50,25 +50,34 @@ class Drafts:
             return Guesses()
         forced = [] if matcher is None else matcher.forced()[:most]
         found: list[int] = []
-        count = min(most - len(forced), self.reach(sequence.right))
+        count = min(most - len(forced), self.reach(request.luck))
         if self.ngram is not None and count > 0:
             found = lookup([*sequence.ids, *forced], self.ngram.longest, count)
             if matcher is not None:
                 found = found[:max(0, matcher.fits([*forced, *found]) - len(forced))]
         return Guesses((*forced, *found), len(forced))
 
-    def judge(self, feed: Feed, drawn: Sequence[int]) -> int:
-        """How many of a feed's guesses are what was drawn before them."""
-        guesses = feed.guesses
-        right = next((i for i, (a, b) in enumerate(zip(guesses.tokens, drawn)) if a != b), len(guesses.tokens))
-        feed.sequence.right = None if right == len(guesses.tokens) else max(0, right - guesses.forced)
-        return right
+    def reach(self, luck: Luck) -> int:
+        """How many tokens to look up: all where the last were all right, else about as many as were."""
+        if self.ngram is None or luck.pause:
+            return 0
+        return self.ngram.tokens if luck.whole else min(self.ngram.tokens, 2 * luck.right + 1)
 
-    def reach(self, right: int | None) -> int:
-        """How many tokens to look up after a step in which so many guesses were right (None: there were none, or all were): one more than that, for a text that is not copied costs
-        little then, and one that is soon has them all."""
-        most = 0 if self.ngram is None else self.ngram.tokens
-        return most if right is None else min(most, 2 * right + 1)
+    def judge(self, feed: Feed, drawn: Sequence[int]) -> int:
+        """How many of a feed's guesses are what was drawn before them. Where none was looked up rightly it is not tried for 1, 3, 7, then 15 steps, in which the sequence need not wait
+        to be read: a text that copies nothing hardly pays, and one that begins to is soon found out."""
+        guesses, sequence = feed.guesses, feed.sequence
+        request: Request = sequence.request
+        luck = request.luck
+        right = next((i for i, (a, b) in enumerate(zip(guesses.tokens, drawn)) if a != b), len(guesses.tokens))
+        if len(guesses.tokens) > guesses.forced:
+            luck.whole, luck.right = right == len(guesses.tokens), max(0, right - guesses.forced)
+            luck.misses = 0 if luck.right else luck.misses + 1
+            luck.pause = min(1 << luck.misses, 16) - 1 if luck.misses else 0
+        elif luck.pause:
+            luck.pause -= 1
+        sequence.waits = request.matcher is not None or (self.wanted(request) and not luck.pause)
+        return right
 
 
 def write_masks(matcher: Matcher, guesses: Sequence[int], out: np.ndarray) -> None:

@@ -21,7 +21,7 @@ def fill(rows: Rows, i: int, feed: Feed, nobody: int) -> None:
     """Writes what a sequence feeds into row i, and its guesses into the rows after it. A sequence with guesses leaves nothing in its row on the device (nobody: the place beyond them):
     which of its tokens stand is only known when they are read."""
     sequence, guesses = feed.sequence, feed.guesses.tokens
-    known = not feed.again or sequence.waits
+    known = feed.start < len(sequence.ids)
     pages = sequence.pages[:rows.table.shape[1]]
     at = slice(i, i + feed.rows)
     rows.start[at], rows.count[at], rows.draws[at] = feed.start + np.arange(feed.rows), feed.count, feed.draws

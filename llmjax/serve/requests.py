@@ -65,6 +65,15 @@ class End:
 Event = Piece | End
 
 
+@dc.dataclass
+class Luck:
+    """How guesses fared so far: whether the last were all right, how many of them were, how often in a row none was, and how many steps to go without."""
+    whole: bool = True
+    right: int = 0
+    misses: int = 0
+    pause: int = 0
+
+
 @dc.dataclass(eq=False)
 class Request:
     """One continuation asked for. listen(request, events) is called in the engine's thread, the last time with an End. deadline: on time.monotonic's clock."""
@@ -84,6 +93,7 @@ class Request:
     adapter: str | None = None                         # the name of a loaded one
     born: float = dc.field(default_factory=time.monotonic)
     sequence: schedule.Sequence | None = None
+    luck: Luck = dc.field(default_factory=Luck)
     text: TextStream | None = None
     started: float | None = None                       # when it got its row
     first: float | None = None                         # when its first token was read

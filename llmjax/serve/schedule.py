@@ -62,7 +62,6 @@ class Sequence:
     epoch: int = 0
     done: bool = False
     waits: bool = False                           # for its newest token to be read: its next mask, or what is guessed to follow, depends on it
-    right: int | None = None                      # guesses that came true in its last step, None where all did or there were none
     tag: float | None = None                      # its place in the fair queue
     adapter: str | None = None                    # its keys are those of this adapter alone
 
