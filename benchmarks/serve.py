@@ -1,12 +1,14 @@
-"""The server: what HTTP costs over the engine alone, and what 16 streams make together beside one; SmolLM2-135M in float32, greedy, streamed.
+"""The server: what HTTP costs over the engine alone, what 16 streams make together beside one, and what guessing the next tokens gains; SmolLM2-135M, greedy, streamed.
 
-    python benchmarks/serve.py [--rounds=5] [--model=smollm2] [--save]        needs llmjax[serve,test]; nothing else should run on the machine
+    python benchmarks/serve.py [--rounds=5] [--model=smollm2] [--quantize=int8] [--save]        needs llmjax[serve,test]; nothing else should run on the machine
 
 The same prompts (new ones each turn, so that no prefix is found again) go to an Engine in this process, without HTTP, and to `llmjax serve` in another, whose client is a plain socket
 here. A turn's time goes from the first request sent to the last token had. Prints one JSON line; `latency` has milliseconds to the first token and between two, medians over all turns.
+The last row is one stream that repeats a list from its prompt, with --speculate=ngram:7 and without; `steps` has how many calls of the model each took, and of a text that repeats nothing.
 """
 import asyncio
 import contextlib
+import dataclasses as dc
 import itertools
 import json
 import pathlib
@@ -19,24 +21,36 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import common
 
 import llmjax
-from llmjax.serve import End, Engine, EngineSettings, Knobs, Request
+from llmjax.serve import End, Engine, EngineSettings, Knobs, Observer, Request, parse_speculation
 
 TEXT = ("The history of the lighthouse begins long before electricity. On clear nights, fires of wood and coal were kept burning on towers along the coast, and a keeper's family lived beside "
         "them. They wrote down every ship that passed, the weather of the day, and what the storms had carried ashore: ")
 SMOKE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024)
+COPY = ("The planets, from the sun outwards, are Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune. Once more: the planets, from the sun outwards, are Mercury, Venus, Earth, Mars, "
+        "Jupiter, Saturn, Uranus, Neptune. Once more: the planets, from the sun outwards, are Mercury,")
 Times = list[list[float]]                                                # of each stream: when it was sent, then when each of its pieces came
+
+
+class Steps(Observer):
+    """How many calls of the model there were."""
+    count = 0
+
+    def stepped(self, work: Any) -> None:
+        self.count += 1
 
 
 class Offline:
     """An engine, asked as Python asks it."""
 
-    def __init__(self, place: str, settings: EngineSettings):
-        model, params, self.tokenizer = llmjax.load(place, dtype="float32")
-        self.engine = Engine(model, params, self.tokenizer, settings)
+    def __init__(self, loaded: tuple, settings: EngineSettings):
+        model, params, self.tokenizer = loaded
+        self.steps = Steps()
+        self.engine = Engine(model, params, self.tokenizer, settings, self.steps)
         self.engine.start()
         while len(self.engine.known) < len(self.engine.shapes):
             if not self.engine.alive:
@@ -137,36 +151,49 @@ def latency(turns: list[Times]) -> dict[str, float]:
 def main() -> int:
     found = common.parser(__doc__, rounds=5)
     found.add_argument("--model", default="smollm2", help="what is served (smollm2)")
+    found.add_argument("--quantize", help="what weights are kept in (float32), as int8")
     found.add_argument("--streams", type=int, default=16, help="streams that run together (16)")
     args = found.parse_args()
     new, streams = (8, 2) if args.smoke else (64, args.streams)
     counter = iter(range(10**6))
+    many, one = f"{streams} streams", "1 stream"
+    kept: dict[str, list[Times]] = {}
+    steps: dict[str, int] = {}
+
+    def side(name: str, asked: Offline | Http, streams: int, text: str = TEXT):
+        def run() -> None:
+            before = asked.steps.count if isinstance(asked, Offline) else 0
+            kept.setdefault(name, []).append(asked([f"{next(counter)}. {text}" for _ in range(streams)], new))
+            if isinstance(asked, Offline):
+                steps[name] = asked.steps.count - before
+        return run
     with tempfile.TemporaryDirectory() as folder:
         place = tiny(folder) if args.smoke else args.model
-        with serving(place, f"--rows={streams}", "--context=512") as http:
-            offline = Offline(place, EngineSettings(rows=streams, length=512))
+        settings = EngineSettings(rows=streams, length=512)
+        loaded = llmjax.load(place, dtype="float32", quantize=args.quantize)
+        with serving(place, f"--rows={streams}", "--context=512", *([f"--quantize={args.quantize}"] if args.quantize else [])) as http:
+            plain = Offline(loaded, settings)
+            guessing = Offline(loaded, dc.replace(settings, speculate=parse_speculation("ngram:7")))
             try:
-                kept: dict[str, list[Times]] = {}
-
-                def side(name: str, asked: Offline | Http, streams: int):
-                    def run() -> None:
-                        kept.setdefault(name, []).append(asked([f"{next(counter)}. {TEXT}" for _ in range(streams)], new))
-                    return run
-                many, one = f"{streams} streams", "1 stream"
-                names = {f"{way}, {many if n > 1 else one}": (asked, n) for n in (streams, 1) for way, asked in (("engine", offline), ("http", http))}
-                seconds, _ = common.turns({name: side(name, *what) for name, what in names.items()}, args.rounds)
+                sides = {f"{way}, {n}": side(f"{way}, {n}", asked, count) for n, count in ((many, streams), (one, 1)) for way, asked in (("engine", plain), ("http", http))}
+                for kind, text in (("copying", COPY), ("telling", TEXT)):
+                    sides |= {f"{way}, {kind}": side(f"{way}, {kind}", asked, 1, text) for way, asked in (("engine", plain), ("guessing", guessing))}
+                seconds, _ = common.turns(sides, args.rounds)
             finally:
-                offline.engine.stop()
-    speed = {name: names[name][1] * new / s for name, s in seconds.items()}
+                plain.engine.stop()
+                guessing.engine.stop()
+    speed = {name: (streams if name.endswith(many) else 1) * new / s for name, s in seconds.items()}
     late = {name: latency(turns[-args.rounds:]) for name, turns in kept.items()}
-    what = "a tiny Llama" if args.smoke else f"{pathlib.Path(args.model).name}, float32"
-    rows = [common.row(f"serving {streams} streams, {what}", "tok/s", {f"llmjax, {many}": speed[f"http, {many}"], one: speed[f"http, {one}"]}, more_is_better=True)]
+    what = "a tiny Llama" if args.smoke else f"{pathlib.Path(args.model).name} in {args.quantize or 'float32'}"
+    rows = [common.row(f"serving {many}, {what}", "tok/s", {f"llmjax, {many}": speed[f"http, {many}"], one: speed[f"http, {one}"]}, more_is_better=True)]
     for n in (many, one):
-        sides = {"llmjax over HTTP": speed[f"http, {n}"], "the engine alone": speed[f"engine, {n}"]}
-        rows.append(common.row(f"HTTP over the engine alone, {n}, {what}", "tok/s", sides, more_is_better=True))
-    rows += [common.row(f"time to the first token, {one}, {what}", "ms", {"llmjax over HTTP": late[f"http, {one}"]["first token"], "the engine alone": late[f"engine, {one}"]["first token"]},
-                        more_is_better=False)]
-    common.emit("serve", args, rows, ("jax", "uvicorn", "starlette"), latency=late, seconds=seconds)
+        pair = {"llmjax over HTTP": speed[f"http, {n}"], "the engine alone": speed[f"engine, {n}"]}
+        rows.append(common.row(f"HTTP over the engine alone, {n}, {what}", "tok/s", pair, more_is_better=True))
+    pair = {"llmjax over HTTP": late[f"http, {one}"]["first token"], "the engine alone": late[f"engine, {one}"]["first token"]}
+    rows.append(common.row(f"time to the first token, {one}, {what}", "ms", pair, more_is_better=False))
+    for text, label in (("copying", "a text that repeats itself"), ("telling", "one that does not")):
+        rows.append(common.row(f"guessing (ngram:7) in {label}, {what}", "tok/s", {"llmjax guessing": speed[f"guessing, {text}"], "without": speed[f"engine, {text}"]}, more_is_better=True))
+    common.emit("serve", args, rows, ("jax", "uvicorn", "starlette"), latency=late, seconds=seconds, steps=steps)
     return 0
 
 

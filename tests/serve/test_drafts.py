@@ -2,16 +2,19 @@
 import dataclasses as dc
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
 from scipy import stats
 
-from llmjax.core import ConfigError
+from llmjax.core import ConfigError, LinearAttention
 from llmjax.decode import Grammar, JsonSchema, Regex
 from llmjax.decode.speculative import NGram
-from llmjax.serve import Knobs, Observer, drafts, parse_speculation, schedule
+from llmjax.models import init_params
+from llmjax.serve import Engine, Knobs, Observer, Request, drafts, parse_speculation, schedule
+from llmjax.serve.metrics import Metrics
 
 PROMPTS = [[5, 6, 7, 8] * 6, list(range(40, 57)), [9, 9, 9, 9, 10] * 4, list(range(100, 170))]
 SCHEMA = {"type": "object", "properties": {"first_name": {"type": "string", "maxLength": 4}, "grown_up": {"type": "boolean"}}, "required": ["first_name", "grown_up"], "additionalProperties": False}
@@ -30,7 +33,12 @@ class Count(Observer):
 
 @pytest.fixture(scope="module")
 def alone():
-    made = serving.Alone(serving.make_model(), dc.replace(serving.SMALL, rows=8, speculate=NGram(5)), observer=Count())
+    """One of its layers has a window: what was guessed wrongly must not be seen in it either."""
+    near = dc.replace(serving.LAYER, mixer=dc.replace(serving.LAYER.mixer, window=12))
+    model, _, tokenizer = serving.make_model()
+    model = dc.replace(model, config=dc.replace(model.config, cycle=(serving.LAYER, near), repeats=1))
+    params = jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(0)))
+    made = serving.Alone((model, params, tokenizer), dc.replace(serving.SMALL, rows=8, speculate=NGram(5)), observer=Count())
     yield made
     made.close()
 
@@ -175,20 +183,58 @@ def test_guesses_under_a_grammar(alone, watched):
     assert watched.guessed > watched.forced > 0
 
 
+def test_guesses_that_fail_pause():
+    """In a text that copies nothing they are tried after 1, 3, 7, then every 15 steps; the sequence goes ahead meanwhile. One that is right brings them back."""
+    made = drafts.Drafts(NGram(5))
+    sequence = schedule.Sequence(0, 4, [1, 2, 1, 2], 1000)
+    sequence.request = request = Request([1, 2, 1, 2], 1000, Knobs(temperature=0.0), lambda r, e: None, sequence=sequence)
+    sequence.waits, tried, wide = True, [], []
+    for step in range(50):
+        guesses = made.guess(request, 9) if sequence.waits else schedule.Guesses()
+        if guesses.tokens:
+            tried.append(step)
+            wide.append(len(guesses.tokens))
+        made.judge(schedule.Feed(sequence, 0, 1, True, 0, 0, True, guesses), [-1] * 9)
+    assert tried == [0, 2, 6, 14, 30, 46] and wide == [2, 1, 1, 1, 1, 1]
+    while not sequence.waits:
+        made.judge(schedule.Feed(sequence, 0, 1, True, 0, 0, True), [-1])
+    guesses = made.guess(request, 9)
+    assert made.judge(schedule.Feed(sequence, 0, 1, True, 0, 0, True, guesses), [*guesses.tokens, 7]) == 1 and sequence.waits and request.luck.whole
+
+
 def test_the_schedule_gives_guesses_what_is_left():
-    """Rows of the call are dealt out, and nobody is put back for a guess."""
-    pages = schedule.Pages(6, 4)
-    plan = schedule.Schedule(8, pages, [schedule.Shape(1, 8), schedule.Shape(8, 1), schedule.Shape(4, 1)], guess=lambda s, most: schedule.Guesses((1,) * min(5, most)))
-    for i in range(3):
-        plan.add(schedule.Sequence(i, 3, [1, 2, 3], 9 if i else 2, waits=i < 2))
-    for _ in range(3):
-        for work in plan.plan():
-            for feed in work.feeds:
-                if feed.draws:
-                    plan.drew(feed, 7)
-    decoded = [(f.sequence.number, len(f.guesses.tokens)) for w in plan.plan() if w.decoding for f in w.feeds]
-    assert dict(decoded).get(0) in (None, 0) and dict(decoded)[2] == 0, "one that may make one more token guesses none, one that waits for nothing neither"
-    assert all(n <= 5 for _, n in decoded) and pages.used <= 6
+    """Rows of the call are dealt out, pages are taken where they are free, and nobody is put back for a guess."""
+    def plan(count, pages):
+        made = schedule.Schedule(8, schedule.Pages(pages, 4), [schedule.Shape(8, 4), schedule.Shape(8, 1), schedule.Shape(4, 1)], guess=lambda s, most: schedule.Guesses((1,) * min(9, most)))
+        for i in range(count):
+            made.add(schedule.Sequence(i, 3, [1, 2, 3], 2 if i == 1 else 20, waits=i != 2))
+        for feed in made.plan()[0].feeds:
+            made.drew(feed, 7)
+        (work,) = made.plan()
+        assert made.preemptions == 0 and all(len(s.pages) * 4 >= f.start + f.rows for f in work.feeds for s in [f.sequence])
+        return work.shape.rows, [len(f.guesses.tokens) for f in work.feeds]
+    assert plan(1, 20) == (8, [7])
+    assert plan(2, 20) == (8, [3, 0]), "the second may make one more token, which needs no guess"
+    assert plan(3, 20) == (4, [1, 0, 0]), "five rows for three; the third waits for nothing"
+    assert plan(8, 20) == (8, [0] * 8)
+    assert plan(1, 1) == (4, [0]), "no page for a guess"
+
+
+def test_what_cannot_be_guessed_is_refused():
+    model, _, tokenizer = serving.make_model()
+    model = dc.replace(model, config=dc.replace(model.config, cycle=(dc.replace(serving.LAYER, mixer=LinearAttention(4, 2, 8)),)))
+    params = init_params(model, jax.random.key(0))
+    with pytest.raises(ConfigError, match="keeps a state"):
+        Engine(model, params, tokenizer, dc.replace(serving.SMALL, speculate=NGram(5)))
+
+
+def test_prometheus_counts_guesses():
+    metrics = Metrics()
+    metrics.judged(schedule.Guesses((1, 2, 3, 4, 5), 2), 3)
+    metrics.judged(schedule.Guesses((1, 2, 3), 0), 0)
+    page = metrics.text().decode()
+    for source, result, count in (("grammar", "right", 2), ("grammar", "wrong", 0), ("ngram", "right", 1), ("ngram", "wrong", 5)):
+        assert f'llmjax_guessed_tokens_total{{result="{result}",source="{source}"}} {count}.0' in page
 
 
 def test_what_the_command_line_says():
