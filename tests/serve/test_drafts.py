@@ -9,6 +9,7 @@ import pytest
 import serving
 from scipy import stats
 
+from llmjax import tokenizers
 from llmjax.core import ConfigError, LinearAttention
 from llmjax.decode import Grammar, JsonSchema, Regex
 from llmjax.decode.speculative import NGram
@@ -171,6 +172,27 @@ def test_forced_tokens_are_fed_together(alone, watched, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-3)      # float32; products of other shapes add up in another order, and with these weights (four times the usual) an ulp at the input has grown
         assert watched.forced == watched.right == watched.guessed > 0 and watched.steps < 0.6 * steps
         watched.steps = watched.guessed = watched.right = watched.forced = 0
+
+
+def test_a_forced_token_is_all_its_mask_leaves(tmp_path):
+    """So a text is the same whether its forced tokens are drawn or fed, however the tokenizer's pieces lie across what is forced and what is free."""
+    file = tmp_path / "text.txt"
+    file.write_text('{"first_name": "the quick brown fox", "grown_up": true, "firstly": false}\n' * 40 + "one small step for a cat, one large leap for the dog\n" * 40)
+    tokenizer = tokenizers.train_bpe([str(file)], vocab_size=330)
+    size, rng, forced = tokenizer.vocab_size, np.random.default_rng(0), 0
+    for constraint in (JsonSchema(SCHEMA), Regex(r"one (small|large) step for (a|the) (cat|dog), (?s:.{2,9}) leap!"), Regex("(the quick |the brown ){3}fox")):
+        grammar = Grammar(constraint, tokenizer, size)
+        for _ in range(20):
+            matcher = grammar.matcher()
+            while not matcher.done:
+                ahead = matcher.forced()
+                masks = np.zeros((len(ahead) + 1, grammar.words), np.int32)
+                drafts.write_masks(matcher, ahead, masks)
+                allowed = [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() for row in masks]
+                assert allowed[:-1] == [[x] for x in ahead]
+                forced += len(ahead)
+                matcher.advance(int(rng.choice(allowed[0])))
+    assert forced > 200
 
 
 def test_guesses_under_a_grammar(alone, watched):
