@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 MARKER, TPU, DECODING = "<!-- benchmarks -->", "<!-- compiled for TPUs -->", "<!-- decoding on TPUs -->"
 RESULTS = ROOT / "benchmarks" / "results"
-ORDER = ("train_step", "decode", "data")
+ORDER = ("train_step", "decode", "serve", "data")
 
 
 def results(folder: pathlib.Path = ROOT / "benchmarks" / "results") -> list[dict]:

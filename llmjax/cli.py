@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--chunk", type=int, default=128, help="tokens of a prompt computed at a time between steps of the others (128)")
     p.add_argument("--queue", type=int, default=256, help="sequences that may wait; beyond it the answer is 429 (256)")
     p.add_argument("--no-prefix-cache", "--no_prefix_cache", action="store_true", help="compute every prompt anew")
+    p.add_argument("--speculate", metavar="ngram:N", help="guess up to N tokens a step, copied from what followed the same words before, and judge them together; texts stay the same (off)")
     p.add_argument("--api-key", "--api_key", action="append", default=[], help="a key that clients must send; may be given several times (arguments can be seen by others here: see --api-key-file)")
     p.add_argument("--api-key-file", "--api_key_file", metavar="FILE", help="keys, one a line, as owner:key or key")
     p.add_argument("--rate", metavar="N/TIME", help="requests of a key, as 600/min (unlimited)")
@@ -301,7 +302,8 @@ def on_chat(args: argparse.Namespace, _: list[str]) -> int:
 def on_serve(args: argparse.Namespace, _: list[str]) -> int:
     from llmjax import serve
     memory = None if args.cache_memory is None else in_bytes("cache-memory", args.cache_memory)
-    engine = serve.EngineSettings(args.rows, args.context, memory=memory, chunk=args.chunk, queue=args.queue, share_prefixes=not args.no_prefix_cache)
+    engine = serve.EngineSettings(args.rows, args.context, memory=memory, chunk=args.chunk, queue=args.queue, share_prefixes=not args.no_prefix_cache,
+                                  speculate=None if args.speculate is None else serve.parse_speculation(args.speculate))
     settings = serve.ServerSettings(
         host=args.host, port=args.port, name=args.name, aliases=tuple(args.alias), api_keys=tuple(args.api_key), api_key_file=args.api_key_file, rate=args.rate, together=args.concurrency,
         timeout=args.timeout, body=in_bytes("max-body", args.max_body), drain=args.drain, origins=tuple(args.cors_origin), certificate=args.tls_cert, private_key=args.tls_key,

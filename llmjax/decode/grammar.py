@@ -129,7 +129,8 @@ class Matcher:
             raise ConfigError(f"token {token} does not fit the grammar here: {self.inner.get_error().strip().splitlines()[0][:200] if self.inner.get_error() else 'it is over'}")
 
     def forced(self) -> list[int]:
-        """The tokens that must come next, as the tokenizer spells them; not yet advanced over. Empty where there is a choice."""
+        """The tokens that must come next, as the tokenizer spells them; not yet advanced over. Empty where there is a choice. The mask before each of them leaves it alone, so a text is the
+        same whether they are drawn or fed undrawn."""
         return [] if self.done else [int(x) for x in self.inner.compute_ff_tokens()]
 
     def fits(self, tokens: Sequence[int]) -> int:

@@ -24,12 +24,15 @@ from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import LanguageHead, Recurrent
 from llmjax.decode.history import History
 from llmjax.decode.pages import Pages
+from llmjax.decode.speculative import NGram
 from llmjax.decode.text import TextStream
 from llmjax.serve import schedule
 from llmjax.serve.adapters import Paths, attached
+from llmjax.serve.drafts import Drafts, write_masks
+from llmjax.serve.feeding import fill, padded, placed, set_knobs
 from llmjax.serve.requests import End, Event, Observer, Piece, Refused, Request
-from llmjax.serve.schedule import Feed, Schedule, Shape, Work
-from llmjax.serve.step import BIASES, ENDS, FULL, PLAIN, Drawn, Memory, Rows, clean, compiled, empty_rows, no_mask, recall
+from llmjax.serve.schedule import Schedule, Shape, Work
+from llmjax.serve.step import FULL, PLAIN, Drawn, Memory, Rows, clean, compiled, empty_rows, no_mask, recall
 
 log = logging.getLogger("llmjax.serve")
 
@@ -37,7 +40,8 @@ log = logging.getLogger("llmjax.serve")
 @dc.dataclass(frozen=True)
 class EngineSettings:
     """rows: sequences that run together. length: positions of a sequence, prompt and answer (None: the model's context). page: positions of a page. memory: bytes of the cache (None: room
-    for 1,024 tokens of every row, or a quarter of the length where that is less; at least for one whole sequence). chunk: tokens of a prompt computed at a time. queue: requests that may wait."""
+    for 1,024 tokens of every row, or a quarter of the length where that is less; at least for one whole sequence). chunk: tokens of a prompt computed at a time. queue: requests that may wait.
+    speculate: guess what comes next from the text so far (serve/drafts.py); None: nothing is guessed but what a grammar forces."""
     rows: int = 32
     length: int | None = None
     page: int = 16
@@ -45,6 +49,7 @@ class EngineSettings:
     chunk: int = 128
     queue: int = 256
     share_prefixes: bool = True
+    speculate: NGram | None = None
 
 
 DEFAULT = EngineSettings()
@@ -69,6 +74,9 @@ class Engine:
             raise ConfigError(f"page={settings.page}: a power of two is wanted")
         self.length = min(settings.length or config.context, config.context)
         self.fixed = any(isinstance(x.mixer, Recurrent) for x in config.layers)      # a state stands in its row; and no prefix of it can be found again
+        if self.fixed and settings.speculate is not None:
+            raise ConfigError("speculation: a layer of this model keeps a state, which cannot take a token back; serve it without")
+        self.drafts = Drafts(settings.speculate)
         self.share = settings.share_prefixes and not self.fixed
         self.total = self.count_pages()
         self.length = min(self.length, self.total * settings.page)
@@ -114,7 +122,7 @@ class Engine:
     def reset(self) -> None:
         """Fresh cache, pages and schedule."""
         self.pages = Pages(self.total, self.settings.page)
-        self.schedule = Schedule(self.settings.rows, self.pages, self.known, share=self.share)
+        self.schedule = Schedule(self.settings.rows, self.pages, self.known, share=self.share, guess=None if self.fixed else lambda s, most: self.drafts.guess(s.request, most))
         with self.on_mesh():
             cache = decode.init_paged(self.model, self.settings.rows, self.total, page=self.settings.page, length=self.length)
             rows, size = self.settings.rows + 1, self.model.config.vocab_size
@@ -222,7 +230,13 @@ class Engine:
                 flying = []
 
     def turn(self, flying: list[tuple[Work, Drawn]]) -> list[tuple[Work, Drawn]]:
-        """Sends the next steps, then reads the last ones."""
+        """Sends the next steps, then reads the last ones. Where most of what is under way waits to be read before it can go on, it is read first: those would go on every second turn
+        else, and not even together."""
+        under_way = [feed.sequence.waits for work, _ in flying for feed in work.feeds if feed.draws]
+        if 2 * sum(under_way) > len(under_way):
+            for work, drawn in flying:
+                self.read(work, drawn)
+            flying = []
         works = self.schedule.plan()
         for work in works:
             for feed in work.feeds:
@@ -297,7 +311,7 @@ class Engine:
     def open(self, request: Request) -> None:
         after = request.after.sequence if request.after is not None else None
         sequence = schedule.Sequence(next(self.schedule.numbers), len(request.prompt), list(request.prompt), request.limit, request.owner, request.priority, after, request,
-                                     waits=request.matcher is not None, adapter=request.adapter)
+                                     waits=request.matcher is not None or self.drafts.wanted(request), adapter=request.adapter)
         request.sequence = sequence
         if self.tokenizer is not None:
             request.text = TextStream(self.tokenizer, request.prompt, request.stops, least=request.knobs.min_tokens or 0, keep=request.keep)
@@ -329,71 +343,65 @@ class Engine:
         shape = work.shape
         rows = self.idle(shape)
         level, top, mask = PLAIN, False, None
-        for i, feed in self.placed(work):
+        for i, feed in placed(work, self.fixed):
             request: Request = feed.sequence.request
-            fill(rows, i, feed)
-            rows.adapter[i] = self.adapters.index(request.adapter)
+            fill(rows, i, feed, self.settings.rows)
+            rows.adapter[i:i + feed.rows] = self.adapters.index(request.adapter)
             if not feed.draws:
                 continue
-            self.set_knobs(rows, i, feed, request)
+            set_knobs(rows, i, feed)
+            if request.knobs.remembers and not feed.again:
+                self.recall(feed.sequence)
             level, top = max(level, request.knobs.level, FULL if request.matcher else PLAIN), top or request.best > 0
             if request.matcher is not None:
                 mask = no_mask(shape.rows, self.model.config.vocab_size) if mask is None else mask
-                request.matcher.mask(mask[i])
+                write_masks(request.matcher, feed.guesses.tokens, mask[i:i + feed.rows])
         rows = dc.replace(rows, level=np.int32(level), top=np.bool_(top), mask=rows.mask if mask is None else mask)
         self.memory, drawn = self.programs[shape](self.params, self.memory, rows)
         self.observer.stepped(work)
         return drawn
 
-    def set_knobs(self, rows: Rows, i: int, feed: Feed, request: Request) -> None:
-        """Writes how row i draws."""
-        knobs, to, sequence = request.knobs, rows.knobs, feed.sequence
-        rows.seed[i], rows.fold[i], rows.made[i] = knobs.seed, knobs.fold, feed.start + feed.count - sequence.prompt
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "min_tokens"):
-            value = getattr(knobs, name)
-            if value is not None:
-                getattr(to, name)[i] = value
-        if knobs.logit_bias and to.logit_bias is not None:
-            ids, values = (np.asarray(x) for x in to.logit_bias)
-            for j, (token, value) in enumerate(knobs.logit_bias[:BIASES]):
-                ids[i, j], values[i, j] = token, value
-        if knobs.min_tokens:
-            np.asarray(to.end_tokens)[i, :len(request.end_tokens)] = request.end_tokens[:ENDS]
-        if knobs.remembers and not feed.again and sequence.row is not None:
-            prompt, answer = sequence.ids[:sequence.prompt], sequence.ids[sequence.prompt:]
-            history = recall(self.memory.history, np.int32(sequence.row), padded(prompt), padded(answer))
-            self.memory = dc.replace(self.memory, history=history)
-
-    def placed(self, work: Work) -> list[tuple[int, Feed]]:
-        """Each feed with its row of the call."""
-        return [(feed.row if self.fixed and feed.row is not None else i, feed) for i, feed in enumerate(work.feeds)]
+    def recall(self, sequence: schedule.Sequence) -> None:
+        """What its row remembers, from its text so far."""
+        assert sequence.row is not None
+        prompt, answer = sequence.ids[:sequence.prompt], sequence.ids[sequence.prompt:]
+        self.memory = dc.replace(self.memory, history=recall(self.memory.history, np.int32(sequence.row), padded(prompt), padded(answer)))
 
     def read(self, work: Work, drawn: Drawn) -> None:
-        """Waits for a step and gives every sequence its token."""
+        """Waits for a step and gives every sequence its tokens: that after its newest, and those after guesses that were right."""
         if self.delay:
             time.sleep(self.delay)
         tokens, logprobs = np.asarray(drawn.tokens).tolist(), np.asarray(drawn.logprobs).tolist()
         best = None
         now = time.monotonic()
-        for i, feed in self.placed(work):
+        for i, feed in placed(work, self.fixed):
             if not feed.draws or feed.sequence.done or feed.epoch != feed.sequence.epoch:
                 continue
-            request = feed.sequence.request
-            if not math.isfinite(logprobs[i]):
-                self.poisoned(request)
-                continue
-            if request.best and best is None:
-                best = np.asarray(drawn.best_ids).tolist(), np.asarray(drawn.best).tolist()
-            found = () if not request.best or best is None else tuple(zip(best[0][i][:request.best], best[1][i][:request.best]))
-            self.schedule.drew(feed, tokens[i])
-            if request.first is None:
-                request.first = now
-                self.observer.first_token(now - request.born)
-            else:
-                assert request.latest is not None
-                self.observer.between_tokens(now - request.latest)
-            request.latest = now
-            self.tell(request, tokens[i], logprobs[i], found)
+            request, right = feed.sequence.request, self.drafts.judge(feed, tokens[i:i + feed.rows])
+            if feed.guesses.tokens:
+                self.observer.judged(feed.guesses, right)
+            for k in range(i, i + right + 1):
+                if not math.isfinite(logprobs[k]):
+                    self.poisoned(request)
+                    break
+                if request.best and best is None:
+                    best = np.asarray(drawn.best_ids).tolist(), np.asarray(drawn.best).tolist()
+                found = () if not request.best or best is None else tuple(zip(best[0][k][:request.best], best[1][k][:request.best]))
+                self.schedule.drew(feed, tokens[k], k - i)
+                self.clock(request, now)
+                self.tell(request, tokens[k], logprobs[k], found)
+                if feed.sequence.done:
+                    break
+
+    def clock(self, request: Request, now: float) -> None:
+        """A token of it came."""
+        if request.first is None:
+            request.first = now
+            self.observer.first_token(now - request.born)
+        else:
+            assert request.latest is not None
+            self.observer.between_tokens(now - request.latest)
+        request.latest = now
 
     def tell(self, request: Request, token: int, logprob: float, best: tuple) -> None:
         """Gives a token to its listener, and the end with it where it is the last."""
@@ -429,20 +437,3 @@ class Engine:
         wanted = np.full(-(-self.length // self.settings.page), -1, np.int32)
         wanted[:len(alone)] = alone
         self.memory = dc.replace(self.memory, cache=clean(self.memory.cache, wanted))
-
-
-def fill(rows: Rows, i: int, feed: Feed) -> None:
-    """Writes what a sequence feeds into row i."""
-    sequence = feed.sequence
-    rows.start[i], rows.count[i], rows.row[i], rows.again[i], rows.draws[i] = feed.start, feed.count, feed.row, feed.again, feed.draws
-    pages = sequence.pages[:rows.table.shape[1]]
-    rows.table[i, :len(pages)] = pages
-    if not feed.again:
-        rows.tokens[i, :feed.count] = sequence.ids[feed.start:feed.start + feed.count]
-
-
-def padded(ids: Sequence[int]) -> np.ndarray:
-    """To a power of two, with -1, so that few programs are compiled."""
-    out = np.full(max(16, 1 << (len(ids) - 1).bit_length() if ids else 16), -1, np.int32)
-    out[:len(ids)] = ids
-    return out

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from llmjax.serve.engine import Engine
 from llmjax.serve.requests import Observer, Request
-from llmjax.serve.schedule import Work
+from llmjax.serve.schedule import Guesses, Work
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 
@@ -29,6 +29,7 @@ class Metrics(Observer):
         self.made = Counter("llmjax_generated_tokens_total", "tokens generated", **known)
         self.steps = Counter("llmjax_steps_total", "steps sent to the device", ["kind"], **known)
         self.batch = Histogram("llmjax_batch_rows", "rows in a decoding step", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **known)
+        self.guessed = Counter("llmjax_guessed_tokens_total", "tokens fed before they were drawn, by where they came from and whether they came true", ["source", "result"], **known)
         self.stored = Counter("llmjax_response_store_total", "look-ups in the stores of whole answers", ["store", "result"], **known)
 
     def watch(self, engine: Engine) -> None:
@@ -40,6 +41,7 @@ class Metrics(Observer):
         gauge("llmjax_cache_pages", "pages of the cache", lambda: engine.pages.count)
         gauge("llmjax_cache_pages_used", "pages that some sequence refers to", lambda: engine.pages.used)
         gauge("llmjax_preemptions", "sequences put back for want of pages since the start", lambda: engine.schedule.preemptions)
+        gauge("llmjax_programs_missing", "faster forms of the step that are not compiled yet", lambda: len(engine.shapes) - len(engine.known))
         gauge("llmjax_stalled_seconds", "seconds since the engine last moved while there was something to do", lambda: engine.stalled)
 
     def text(self) -> bytes:
@@ -68,3 +70,9 @@ class Metrics(Observer):
         self.steps.labels("decode" if work.decoding else "prefill").inc()
         if work.decoding:
             self.batch.observe(len(work.feeds))
+
+    def judged(self, guesses: Guesses, right: int) -> None:
+        forced = min(right, guesses.forced)
+        for source, true, fed in (("grammar", forced, guesses.forced), ("ngram", right - forced, len(guesses.tokens) - guesses.forced)):
+            self.guessed.labels(source, "right").inc(true)
+            self.guessed.labels(source, "wrong").inc(fed - true)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from llmjax.decode.grammar import Matcher
 from llmjax.decode.text import TextStream
 from llmjax.serve import schedule
-from llmjax.serve.schedule import Work
+from llmjax.serve.schedule import Guesses, Work
 from llmjax.serve.step import DRAWN, FILTERED, FULL, PLAIN
 
 
@@ -65,6 +65,15 @@ class End:
 Event = Piece | End
 
 
+@dc.dataclass
+class Luck:
+    """How guesses fared so far: whether the last were all right, how many of them were, how often in a row none was, and how many steps to go without."""
+    whole: bool = True
+    right: int = 0
+    misses: int = 0
+    pause: int = 0
+
+
 @dc.dataclass(eq=False)
 class Request:
     """One continuation asked for. listen(request, events) is called in the engine's thread, the last time with an End. deadline: on time.monotonic's clock."""
@@ -84,6 +93,7 @@ class Request:
     adapter: str | None = None                         # the name of a loaded one
     born: float = dc.field(default_factory=time.monotonic)
     sequence: schedule.Sequence | None = None
+    luck: Luck = dc.field(default_factory=Luck)
     text: TextStream | None = None
     started: float | None = None                       # when it got its row
     first: float | None = None                         # when its first token was read
@@ -107,6 +117,7 @@ class Observer:
     def between_tokens(self, seconds: float) -> None: ...
     def ended(self, request: Request, reason: str, seconds: float) -> None: ...
     def stepped(self, work: Work) -> None: ...
+    def judged(self, guesses: Guesses, right: int) -> None: ...
 
 
 def fresh_seed() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses as dc
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llmjax.decode.pages import Pages, hashes
@@ -61,7 +61,7 @@ class Sequence:
     hit: int = 0                                  # tokens of the prompt that were in the cache already
     epoch: int = 0
     done: bool = False
-    waits: bool = False                           # for its newest token to be read: its next mask depends on it
+    waits: bool = False                           # for its newest token to be read: its next mask, or what is guessed to follow, depends on it
     tag: float | None = None                      # its place in the fair queue
     adapter: str | None = None                    # its keys are those of this adapter alone
 
@@ -76,8 +76,16 @@ class Sequence:
 
 
 @dc.dataclass(frozen=True)
+class Guesses:
+    """Tokens that may come next; the first `forced` of them must."""
+    tokens: tuple[int, ...] = ()
+    forced: int = 0
+
+
+@dc.dataclass(frozen=True)
 class Feed:
-    """`count` tokens of a sequence from position `start`; draws: the next token is drawn after them."""
+    """`count` tokens of a sequence from position `start`; draws: the next token is drawn after them. guesses: fed after the one token of a sequence that decodes, each a row of the call,
+    with a draw after each."""
     sequence: Sequence
     start: int
     count: int
@@ -85,6 +93,11 @@ class Feed:
     epoch: int
     row: int | None
     again: bool                                   # the token is the one it drew last
+    guesses: Guesses = Guesses()
+
+    @property
+    def rows(self) -> int:
+        return 1 + len(self.guesses.tokens)
 
 
 @dc.dataclass(frozen=True)
@@ -131,10 +144,10 @@ class FairQueue:
 
 
 class Schedule:
-    """Rows, pages and the order of work. share: whether full pages are found again by others."""
+    """Rows, pages and the order of work. share: whether full pages are found again by others. guess(sequence, most): what may come next, at most so many tokens."""
 
-    def __init__(self, rows: int, pages: Pages, forms: Iterable[Shape], *, share: bool = True):
-        self.pages, self.share = pages, share
+    def __init__(self, rows: int, pages: Pages, forms: Iterable[Shape], *, share: bool = True, guess: Callable[[Sequence, int], Guesses] | None = None):
+        self.pages, self.share, self.guess = pages, share, guess
         self.page = pages.size
         self.decoding: list[Shape] = []
         self.filling: list[Shape] = []
@@ -276,22 +289,41 @@ class Schedule:
         works = []
         while rows:
             part, rows = rows[:self.decoding[-1].rows], rows[self.decoding[-1].rows:]
-            shape = next(x for x in self.decoding if x.rows >= len(part))
-            works.append(Work(shape, [Feed(s, s.computed, 1, True, s.epoch, s.row, True) for s in part], True))
+            guesses = self.guessed(part, self.decoding[-1].rows - len(part))
+            feeds = [Feed(s, s.computed, 1, True, s.epoch, s.row, True, g) for s, g in zip(part, guesses)]
+            works.append(Work(next(x for x in self.decoding if x.rows >= sum(f.rows for f in feeds)), feeds, True))
             for s in part:
                 s.computed += 1
                 s.ahead += 1
         return works
 
+    def guessed(self, part: list[Sequence], room: int) -> list[Guesses]:
+        """What to feed beyond each sequence's newest token, as long as rows of the call and pages are left: nobody gives way to a guess."""
+        found = []
+        for i, s in enumerate(part):
+            most = min(room // (len(part) - i), s.limit - s.made - 1)
+            guesses = self.guess(s, most) if self.guess is not None and s.waits and most > 0 else Guesses()
+            need = -(-(s.computed + 1 + len(guesses.tokens)) // self.page) - len(s.pages)
+            fresh = self.pages.allocate(need) if need > 0 else []
+            if fresh is None:
+                guesses, fresh = Guesses(), []
+            s.pages += fresh
+            room -= len(guesses.tokens)
+            found.append(guesses)
+        return found
+
     # what was drawn
 
-    def drew(self, feed: Feed, token: int) -> bool:
-        """A token of a step was read. -> whether it counts (the sequence may have ended or been put back since)."""
+    def drew(self, feed: Feed, token: int, guess: int = 0) -> bool:
+        """A token of a step was read, the one after so many guesses, which were right. -> whether it counts (the sequence may have ended or been put back since)."""
         s = feed.sequence
         if s.done or s.epoch != feed.epoch:
             return False
         s.ids.append(token)
-        s.ahead -= 1
+        if guess:
+            s.computed += 1
+        else:
+            s.ahead -= 1
         self.commit(s)
         return True
 
