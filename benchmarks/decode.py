@@ -1,14 +1,19 @@
-"""SmolLM2-135M from one GGUF file in llmjax beside transformers: reading a prompt of 128 tokens, and 64 greedy tokens after it.
+"""SmolLM2-135M from one GGUF file in llmjax beside transformers and llama.cpp: reading a prompt of 128 tokens, and 64 greedy tokens after it.
 
     python benchmarks/decode.py [--rounds=5] [--save]        needs llmjax[test]; nothing else should run on the machine
 
-llmjax in float32 (on a GPU in bfloat16), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. Prints one JSON line; it also says how many of the first
-new tokens are those of transformers in the same dtype.
+llmjax in float32 (on a GPU in bfloat16), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. On a CPU also weights in few bits: llmjax's int8 beside
+llama.cpp's Q8_0 (the same weights, written by `llmjax convert`) and Q4_1 (the file itself), each side with all cores; and, apart from these, llmjax with n-gram drafting. Prints one JSON
+line; it also says how many of the first new tokens are those of transformers in the same dtype.
 """
+import contextlib
+import json
 import pathlib
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import common
@@ -18,6 +23,7 @@ import torch
 import transformers
 
 import llmjax
+from llmjax import convert
 
 SMOKE = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,8 +46,64 @@ def theirs(place: pathlib.Path, prompt: list[int], new: int, device: str, dtype:
     return read, generate
 
 
-def ours(place: pathlib.Path, prompt: list[int], new: int, dtype: str) -> tuple[Callable[[], Any], Callable[[], list[int]]]:
-    model, params, _ = llmjax.load(place, dtype=dtype)
+LLAMA_CPP = """
+import os, socket, sys
+import xllamacpp
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.cpuparams_batch.n_threads, params.port = sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[2]), port
+server = xllamacpp.Server(params)
+print("AT", server.listening_address, flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@contextlib.contextmanager
+def llama_cpp(file: pathlib.Path, prompt: list[int], new: int) -> Iterator[tuple[Callable[[], Any], Callable[[], list[int]]]]:
+    """llama.cpp's own server over a file, asked over the loopback -> (reads the prompt, and makes one token; generates)."""
+    with subprocess.Popen([sys.executable, "-c", LLAMA_CPP, str(file), str(common.cores())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdin and child.stdout
+        try:
+            address = next((line.split("AT ")[1].strip() for line in child.stdout if "AT " in line), None)
+            if address is None:
+                raise RuntimeError(f"llama.cpp does not open {file.name}")
+
+            def ask(count: int) -> list[int]:
+                body = dict(prompt=prompt, n_predict=count, temperature=0, return_tokens=True, cache_prompt=False, ignore_eos=True, samplers=["temperature"])
+                request = urllib.request.Request(address + "/completion", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    return json.loads(answer.read())["tokens"]
+            yield lambda: ask(1), lambda: ask(new)
+        finally:
+            child.stdin.close()
+
+
+def in_few_bits(place: pathlib.Path, prompt: list[int], new: int, rounds: int) -> tuple[list[dict], dict[str, Any]]:
+    """int8 beside llama.cpp's files of 8 and 4 bits -> (rows, median seconds)."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        whole = pathlib.Path(folder, "q8_0.gguf")
+        convert.convert(place, whole, to="gguf", dtype="q8_0", progress=False)
+        files = {"llama.cpp Q8_0": whole, "llama.cpp Q4_1": place}
+        sides = {name: stack.enter_context(llama_cpp(file, prompt, new)) for name, file in files.items()}
+        sides["llmjax int8"] = ours(place, prompt, new, "float32", quantize="int8")
+        guessing = {**{name: make for name, (_, make) in sides.items()}, "llmjax int8, n-grams": ours(place, prompt, new, "float32", quantize="int8", draft=llmjax.decode.NGram())[1]}
+        reading, _ = common.turns({name: read for name, (read, _) in sides.items()}, rounds)
+        making, made = common.turns(guessing, rounds)
+    if any(len(ids) != new for ids in made.values()):
+        raise RuntimeError(f"the sides do not do the same work, tokens made {({name: len(ids) for name, ids in made.items()})}")
+    speed = {side: new / s for side, s in making.items()}
+    alone = {side: v for side, v in speed.items() if side != "llmjax int8, n-grams"}
+    return [common.row(f"generation, SmolLM2-135M in few bits, {new} tokens after {len(prompt)}", "tok/s", alone, more_is_better=True),
+            common.row("the same with n-gram drafting", "tok/s", {side: v for side, v in speed.items() if side != "llmjax int8"}, more_is_better=True),
+            common.row(f"prefill, SmolLM2-135M in few bits, {len(prompt)} tokens", "tok/s", {side: len(prompt) / s for side, s in reading.items()}, more_is_better=True)], \
+        {"generate in few bits": making, "prefill in few bits": reading}
+
+
+def ours(place: pathlib.Path, prompt: list[int], new: int, dtype: str, quantize: str | None = None, draft: Any = None) -> tuple[Callable[[], Any], Callable[[], list[int]]]:
+    model, params, _ = llmjax.load(place, dtype=dtype, quantize=quantize)
     model, params = llmjax.decode.prepare(model, params)
     tokens = np.asarray([prompt], np.int32)
     positions, segments = np.arange(len(prompt), dtype=np.int32)[None], np.ones_like(tokens)
@@ -51,7 +113,7 @@ def ours(place: pathlib.Path, prompt: list[int], new: int, dtype: str) -> tuple[
         return np.asarray(llmjax.decode.prefill(model, params, tokens, positions, segments, cache)[0])
 
     def generate() -> list[int]:
-        return llmjax.generate(model, params, None, [prompt], max_new_tokens=new, temperature=0.0, stop=[])[0]
+        return llmjax.generate(model, params, None, [prompt], max_new_tokens=new, temperature=0.0, stop=[], **({} if draft is None else {"draft": draft}))[0]
     return read, generate
 
 
@@ -82,9 +144,12 @@ def main() -> int:
     name = "a tiny Llama" if args.smoke else "SmolLM2-135M"
     rows = [common.row(f"generation, {name}, {new} tokens after {length}", "tok/s", {side: new / s for side, s in making.items()}, more_is_better=True),
             common.row(f"prefill, {name}, {length} tokens", "tok/s", {side: length / s for side, s in reading.items()}, more_is_better=True)]
+    seconds: dict[str, Any] = {"generate": making, "prefill": reading}
+    if not gpu and not args.smoke:
+        more, took = in_few_bits(place, prompt, new, args.rounds)
+        rows, seconds = rows + more, seconds | took
     same = next((i for i, (a, b) in enumerate(zip(made[f"llmjax {dtype}"], made[f"transformers {dtype}"])) if a != b), new)
-    common.emit("decode", args, rows, ("jax", "torch", "transformers"), jax.devices()[0].device_kind if gpu else None, seconds={"generate": making, "prefill": reading},
-                first_tokens_equal=same)
+    common.emit("decode", args, rows, ("jax", "torch", "transformers", "xllamacpp"), jax.devices()[0].device_kind if gpu else None, seconds=seconds, first_tokens_equal=same)
     return 0
 
 
