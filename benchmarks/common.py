@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -49,6 +50,28 @@ def row(what: str, unit: str, sides: dict[str, float], more_is_better: bool) -> 
     theirs = best(v for name, v in sides.items() if not name.startswith("llmjax"))
     return {"what": what, "unit": unit, "more_is_better": more_is_better, "sides": {k: float(f"{v:.4g}") for k, v in sides.items()},
             "ratio": round(ours / theirs if more_is_better else theirs / ours, 2)}
+
+
+def compile_cases(name: str, description: str, cases: dict[str, Any], measure: Callable[[str], dict], table: Callable[[list[dict]], str]) -> None:
+    """The command of a benchmark that compiles for TPUs: the cases that are named, or all; prints one JSON line and a table, keeps each case by its name where asked to."""
+    arguments = parser(description, 1)
+    arguments.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cases)} (all)")
+    args = arguments.parse_args()
+    unknown = [case for case in args.cases if case not in cases]
+    if unknown:
+        sys.exit(f"{name}: there is no case {unknown[0]!r}; known: {', '.join(cases)}")
+    rows = []
+    for case in args.cases or cases:
+        rows.append(measure(case))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    found = {"benchmark": name, "cases": rows, "hardware": hardware(), "versions": {p: version(p) for p in ("llmjax", "jax", "libtpu")}}
+    print(json.dumps(found))
+    print(table(rows), file=sys.stderr)
+    if args.save:
+        file = RESULTS / f"{name}.json"
+        kept = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}
+        kept |= {row["case"]: row for row in rows}
+        file.write_text(json.dumps({**found, "cases": [kept[case] for case in cases if case in kept]}, indent=1) + "\n")
 
 
 def hardware(device: str | None = None) -> dict[str, Any]:

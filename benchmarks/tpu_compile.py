@@ -8,12 +8,9 @@ flash attention, segment ids, FSDP over all chips, as here. HBM is arguments + t
 the compiler's estimate for what is neither kernel nor collective. Gaps of cycles below 5 % are noise.
 """
 import dataclasses as dc
-import importlib.metadata
-import json
-import sys
 import time
 
-from common import RESULTS, hardware, parser
+from common import compile_cases
 from report import compiled
 
 from llmjax import settings
@@ -67,25 +64,5 @@ def measure(name: str) -> dict:
     return {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def main() -> None:
-    arguments = parser(__doc__ or "", 1)
-    arguments.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (all)")
-    args = arguments.parse_args()
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown:
-        sys.exit(f"tpu_compile: there is no case {unknown[0]!r}; known: {', '.join(CASES)}")
-    rows = []
-    for name in args.cases or CASES:
-        rows.append(measure(name))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = {"benchmark": "tpu_compile", "cases": rows, "hardware": hardware(), "versions": {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "libtpu")}}
-    print(json.dumps(found))
-    print(compiled(rows), file=sys.stderr)
-    if args.save:
-        file = RESULTS / "tpu_compile.json"
-        kept = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}
-        file.write_text(json.dumps({**found, "cases": list((kept | {row["case"]: row for row in rows}).values())}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    compile_cases("tpu_compile", __doc__ or "", CASES, measure, compiled)

@@ -10,17 +10,14 @@ whose cycles are those of the forward pass and greedy draws. The bound is what r
 of its clock. Estimated cycles leave out what is fetched ahead while something else computes, and collectives: they may fall below the bound. Compilers differ from version to version.
 """
 import dataclasses as dc
-import importlib.metadata
-import json
 import math
 import os
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from common import RESULTS, hardware, parser
+from common import compile_cases
 from report import decoding as table
 
 from llmjax import decode
@@ -60,11 +57,11 @@ def memory(model: Any, rows: int) -> step.Memory:
 
 def local(tree: Any) -> int:
     """Bytes of a tree of shapes with shardings on one device."""
-
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def measure(case: Case) -> dict:
+def measure(name: str) -> dict:
+    case = CASES[name]
     config, where = presets.published(MODEL), topology(f"{case.chip}:2x4")
     made, begun = decoding.spread(config, where, quantize=None if case.weights == "bf16" else case.weights), time.perf_counter()
     if case.what == "decode":
@@ -86,28 +83,7 @@ def measure(case: Case) -> dict:
     return {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}
 
 
-def main() -> None:
-    arguments = parser(__doc__ or "", 1)
-    arguments.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (all)")
-    args = arguments.parse_args()
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown:
-        sys.exit(f"tpu_decode: there is no case {unknown[0]!r}; known: {', '.join(CASES)}")
+if __name__ == "__main__":
     os.environ |= compile.ENVIRONMENT                # read by libtpu when it is first asked, not by jax's import
     jax.config.update("jax_platforms", "cpu")
-    rows = []
-    for name in args.cases or CASES:
-        rows.append(measure(CASES[name]))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = {"benchmark": "tpu_decode", "cases": rows, "hardware": hardware(), "versions": {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "libtpu")}}
-    print(json.dumps(found))
-    print(table(rows), file=sys.stderr)
-    if args.save:
-        file = RESULTS / "tpu_decode.json"
-        kept = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}
-        kept |= {row["case"]: row for row in rows}
-        file.write_text(json.dumps({**found, "cases": [kept[name] for name in CASES if name in kept]}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    compile_cases("tpu_decode", __doc__ or "", CASES, measure, table)

@@ -261,7 +261,7 @@ def generate(model: str, prompts: list[str], *, chat: bool = False, batch_size: 
         texts = prompts[begin:begin + batch_size]
         rows = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts] if chat else texts
         if cache is not None:
-            say_cache(kind, *decode.answer_bytes(module, tokenizer, rows, max_new_tokens=knobs.get("max_new_tokens", 64), n=beams or knobs.get("best_of") or n, cache=kind))
+            say_cache(kind, *decode.answer_bytes(module, tokenizer, rows, n=beams or knobs.get("best_of") or n, cache=kind, **{k: v for k, v in knobs.items() if k == "max_new_tokens"}))
         for i, done in enumerate(answer(module, params, tokenizer, rows, cache=kind, **knobs)):
             yield {"prompt": texts[i // n], "text": done.text, "finish": done.finish, "tokens": len(done.ids)}
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.checkpoint import patterns
+from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.safetensors_file import SafeTensors, read_json
 from llmjax.checkpoint.table import Cell, Source, Table, canonical, cells
 from llmjax.core.errors import CheckpointError, nearest
@@ -25,9 +26,8 @@ from llmjax.core.leaves import Adapters, Lora
 from llmjax.core.tree import flatten, unflatten
 
 Place = tuple[str, tuple[int, ...]]                # a parameter, and of a stacked one which layer
-PLAIN: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",), "megatron_core": ("megatron.core",), "qalora_group_size": (16,)}      # what these must say; unknown ones: nothing
-KNOWN = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out",
-                   "init_lora_weights", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying"})
+HARMLESS = frozenset({"rank_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out", "base_model_name_or_path", "revision", "task_type",
+                      "inference_mode", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying"})          # the tensors say it, or it concerns training alone
 MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")        # ways to start that change the base weights too
 
 
@@ -42,26 +42,39 @@ class Low:
 Adapter = dict[Place, Low]
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """adapter_config.json. Raises FileNotFoundError without one, CheckpointError naming the field that asks for what is not done here."""
+@dc.dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says: alpha, and alphas of modules whose names match a pattern; targets that must be there; root: alpha / √r instead of alpha / r."""
+    alpha: float
+    alphas: Mapping[str, float]
+    targets: tuple[str, ...]
+    root: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        alpha = next((value for key, value in self.alphas.items() if re.fullmatch(rf"(.*\.)?({key})", module)), self.alpha)
+        return float(alpha) / (math.sqrt(rank) if self.root else rank)
+
+
+def read_settings(folder: pathlib.Path) -> Settings:
+    """Raises FileNotFoundError without an adapter_config.json, CheckpointError naming the field that asks for what is not done here."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: there is no adapter_config.json; the folder of a LoRA adapter is wanted, as peft's save_pretrained writes it")
-    config = read_json(file)
-    config.setdefault("peft_type", "LORA")
-    for name, value in config.items():
-        if name in PLAIN:
-            if value not in (None, *PLAIN[name]):
-                raise CheckpointError(f"{file}: {name}={value!r} is not supported; {PLAIN[name][0]} is")
-        elif name not in KNOWN and value:
-            raise CheckpointError(f"{file}: {name}={value!r} is not supported: plain LoRA on weight matrices is, without it")
-    start = config.get("init_lora_weights")
+    fields = Fields(read_json(file), str(file))
+    fields.choice("peft_type", ("LORA",), "LORA")
+    fields.choice("bias", ("none",), "none")
+    fields.choice("megatron_core", ("megatron.core",), "megatron.core")
+    fields.choice("qalora_group_size", (16,), 16)
+    start = fields.value("init_lora_weights", None)
     if isinstance(start, str) and start.lower().startswith(MOVED):
         raise CheckpointError(f"{file}: init_lora_weights={start!r} changes the base model's weights; save the adapter with peft's path_initial_model_for_weight_conversion")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise CheckpointError(f"{file}: {name}={config.get(name)!r}: a number above 0 is wanted")
-    return config
+    fields.count("r")
+    alpha, targets = fields.number("lora_alpha"), fields.value("target_modules", None)
+    if alpha <= 0:
+        raise CheckpointError(f"{file}: lora_alpha={alpha!r}: a number above 0 is wanted")
+    found = Settings(alpha, fields.value("alpha_pattern", None) or {}, tuple(targets) if isinstance(targets, list) else (), fields.flag("use_rslora"))
+    fields.finish(HARMLESS)
+    return found
 
 
 def read(folder: pathlib.Path, table: Table, labels: Any, like: Any) -> Adapter:
@@ -69,7 +82,7 @@ def read(folder: pathlib.Path, table: Table, labels: Any, like: Any) -> Adapter:
 
     -> what it adds, by parameter. Raises FileNotFoundError, CheckpointError (a field or a tensor that is not supported, a target this model has not, another shape).
     """
-    config, file = read_config(folder), folder / "adapter_model.safetensors"
+    settings, file = read_settings(folder), folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: there is no adapter_model.safetensors" 
                                 + ("; adapter_model.bin can run any code when it is opened: save it again with peft" if (folder / "adapter_model.bin").exists() else ""))
@@ -83,8 +96,7 @@ def read(folder: pathlib.Path, table: Table, labels: Any, like: Any) -> Adapter:
         modules.setdefault(match[1], {})[match[2]] = name
     if not modules:
         raise CheckpointError(f"{file}: there is no tensor in it")
-    wanted = config.get("target_modules")
-    for target in wanted if isinstance(wanted, list) else ():
+    for target in settings.targets:
         if not any(f".{module}".endswith(f".{target}") for module in modules):
             raise CheckpointError(f"{folder}: target_modules names {target!r}, of which there is no tensor" + nearest(target, {m.rpartition(".")[2] for m in modules}))
     known: dict[str, Cell] = {}
@@ -100,16 +112,10 @@ def read(folder: pathlib.Path, table: Table, labels: Any, like: Any) -> Adapter:
         if len(modules[module]) != 2:
             raise CheckpointError(f"{file}: {module!r} has a lora_{next(iter(modules[module]))} alone; copy or download it again")
         a, b = (source.read(modules[module][kind]).astype(np.float32) for kind in "AB")
-        scale = scale_of(config, module, a.shape[0])
+        scale = settings.scale(module, a.shape[0])
         for part, down, up in factors(known[name], by_label, a, b, f"{file}: {module!r}"):
             found[part] = Low(down, up, scale)
     return found
-
-
-def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    pattern = next((key for key in config.get("alpha_pattern") or {} if re.fullmatch(rf"(.*\.)?({key})", module)), None)
-    alpha = float(config["lora_alpha"] if pattern is None else config["alpha_pattern"][pattern])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def factors(cell: Cell, labels: Mapping[str, Any], a: np.ndarray, b: np.ndarray, where: str) -> list[tuple[Place, np.ndarray, np.ndarray]]:

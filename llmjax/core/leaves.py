@@ -21,14 +21,9 @@ from jax.tree_util import register_dataclass
 from llmjax.core.contract import contract
 
 
-@register_dataclass
-@dc.dataclass(frozen=True)
-class Lora:
-    """w + (alpha / rank) · a b (Hu et al. 2021, eq. 3). w [batch…, in…, out…], a [batch…, in…, R], b [batch…, R, out…]."""
+class Around:
+    """A leaf around the weight w, whose shape and dtype are its own."""
     w: Any
-    a: jax.Array
-    b: jax.Array
-    alpha: float = dc.field(metadata=dict(static=True))
 
     @property
     def shape(self):
@@ -40,7 +35,17 @@ class Lora:
 
     @property
     def ndim(self):
-        return self.w.ndim
+        return len(self.w.shape)
+
+
+@register_dataclass
+@dc.dataclass(frozen=True)
+class Lora(Around):
+    """w + (alpha / rank) · a b (Hu et al. 2021, eq. 3). w [batch…, in…, out…], a [batch…, in…, R], b [batch…, R, out…]."""
+    w: Any
+    a: jax.Array
+    b: jax.Array
+    alpha: float = dc.field(metadata=dict(static=True))
 
 
 @register_dataclass
@@ -124,7 +129,7 @@ class Int8Rows:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
-class Adapters:
+class Adapters(Around):
     """Several low-rank adapters of one weight, of which each row of a batch takes one or none: row b is multiplied with w + a[i] b[i], i = which[b] - 1; 0 is w alone.
 
     w: the weight, of any kind but this; a [n, in…, R], b [n, R, out…] with each adapter's scale in it, a smaller rank padded with zeros. which [B] int32, set by `chosen` within a program;
@@ -135,18 +140,6 @@ class Adapters:
     a: jax.Array
     b: jax.Array
     which: jax.Array | None = None
-
-    @property
-    def shape(self):
-        return self.w.shape
-
-    @property
-    def dtype(self):
-        return self.w.dtype
-
-    @property
-    def ndim(self):
-        return len(self.w.shape)
 
 
 KINDS = (Lora, Int8, Int8Rows, Transposed, Joined, Adapters)

@@ -89,7 +89,8 @@ def serve(model: str, settings: ServerSettings = DEFAULT, engine: EngineSettings
     if settings.answers_kept is not None:
         service.store = Store(settings.answers_kept, lambda found: metrics.stored.labels("exact", "hit" if found else "miss").inc())
     if settings.semantic is not None:
-        service.semantic = SemanticStore(embedder, settings.semantic, settings.answers_kept or 1024, lambda found: metrics.stored.labels("semantic", "hit" if found else "miss").inc())
+        service.semantic = SemanticStore(embedder, settings.semantic, seen=lambda found: metrics.stored.labels("semantic", "hit" if found else "miss").inc(),
+                                         **({} if settings.answers_kept is None else {"size": settings.answers_kept}))
     app = make_app(service, keys=keys, rates=rates, origins=settings.origins)
     log.info("starting", extra={"fields": {"model": name, "dtype": dtype, "devices": str(jax.devices()[0].device_kind), "engine": machine.describe(), "host": settings.host, "port": settings.port,
                                            "adapters": list(service.adapters), "keys": 0 if keys is None else len(keys.digests)}})
