@@ -142,6 +142,7 @@ class Adapters(Around):
     which: jax.Array | None = None
 
 
+MANY_ROWS = 8
 KINDS = (Lora, Int8, Int8Rows, Transposed, Joined, Adapters)
 
 
@@ -220,13 +221,15 @@ def through_rows(x: jax.Array, weight: Int8Rows, shape: tuple[int, ...], out_dty
 
 def int8_rows(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
     """x [T, D] times (q [F, D] int8 · scale [F])ᵀ -> float32 [T, F], in integer products alone. A row of x is its largest magnitude times two int8 rows, the number and what rounding
-    left of it: 15 bits or so. XLA's CPU products are fast from two columns on, so the second costs one token nothing."""
+    left of it: 15 bits or so. XLA's CPU products are fast from two columns on, so the second costs one token nothing; and faster with the weights first for few rows, with the rows first
+    for many (128: 2.4 times)."""
     x = x.astype(jnp.float32)
     step = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-30) / 127.0
     coarse = jnp.round(x / step)
     fine = jnp.round((x / step - coarse) * 254.0)
     columns = jnp.concatenate([coarse, fine]).astype(jnp.int8)
-    y = jax.lax.dot_general(q, columns, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32).T
+    product = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32)
+    y = product(columns, q) if len(x) >= MANY_ROWS else product(q, columns).T
     return (y[:len(x)] + y[len(x):] * (1 / 254.0)) * step * scale[None]
 
 

@@ -203,11 +203,12 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
         newest = context.reach(q.shape[1])
         assert newest is not None
         rule = kernels.Rule(chunk=spec.window) if spec.chunked else kernels.Rule(spec.window, globals=spec.globals)
-        return kernels.paged(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
+        attention = functools.partial(kernels.merged, kernels.paged) if seen.width is None and kernels.pays(q, seen.k) else kernels.paged
+        return attention(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-    if seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and seen.k.shape[1] > SLOTS and platform() == "cpu" and not partitioned():
+    if seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and platform() == "cpu" and not partitioned():
         reach = context.reach(q.shape[1])
         assert segments is not None and reach is not None
         newest = jnp.max(jnp.where(segments > 0, reach, -1))
@@ -242,17 +243,20 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     inside = bool(jax.sharding.get_abstract_mesh().manual_axes)          # of a pipeline's stage: no automatic axis may be left around a kernel
     if across or ((rows * columns > 1 or inside) and q.shape[0] % rows == 0 and q.shape[2] % columns == 0 and (K % columns == 0 or columns % K == 0)):
         implementation = kernels.sharded(implementation, batch=batch, heads=heads, length=cuts if across else ())
+    elif not seen.in_order and kernels.pays(q, seen.k):
+        implementation = functools.partial(kernels.merged, implementation)
     return implementation(q, seen.k, seen.v, **where, **settings, scale=scale)
 
 
 def over_used(attention: Callable[[Seen], jax.Array], seen: Seen, newest: jax.Array) -> jax.Array:
-    """`attention` over so many of the slots, SLOTS times a power of two of them or all, as hold every position up to `newest` [] (a ring that has come round: all). The others are empty or not
-    yet to be seen, so the answer is the same; a CPU, which computes scores far below its memory's speed, is done in a share of the time (SmolLM2-135M,
-    float32, two shared cores, a step over 128 of 2,048 slots: 50 ms instead of 87, over 1,024: 82 instead of 92, over all: 74 and 71, which is noise)."""
+    """`attention` over so many of the slots, SLOTS times a power of two of them or all, as hold every position up to `newest` [] (a ring that has come round: all); zeros where that is
+    none. The others are empty or not yet to be seen, so the answer is the same; a CPU, which computes scores far below its memory's speed, is done in a share of the time. Slots are
+    copied where not all are taken, so at most a quarter of them is. The branches also keep XLA from writing a step's token twice, into the cache and into the shape that attention reads."""
     size = seen.k.shape[1]
-    counts = [SLOTS << i for i in range((size - 1).bit_length()) if SLOTS << i < size]
-    branches = [lambda count=count: attention(seen.first(count)) for count in counts]
-    return jax.lax.switch(jnp.sum(newest >= jnp.asarray(counts)), [*branches, lambda: attention(seen)])
+    counts = [SLOTS << i for i in range((size - 1).bit_length()) if SLOTS << i <= size // 4]
+    some = [lambda count=count: attention(seen.first(count)) for count in counts]
+    answer = jax.eval_shape(lambda: attention(seen))
+    return jax.lax.switch(jnp.sum(newest >= jnp.asarray([0, *counts])), [lambda: jnp.zeros(answer.shape, answer.dtype), *some, lambda: attention(seen)])
 
 
 def chunks(segments: jax.Array | None, positions: jax.Array | None, length: int, chunk: int) -> jax.Array:

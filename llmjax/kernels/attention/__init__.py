@@ -6,10 +6,11 @@
 from llmjax.kernels.attention.blockwise import blockwise
 from llmjax.kernels.attention.choice import IMPLEMENTATIONS, choose, sharded
 from llmjax.kernels.attention.cudnn import cudnn
+from llmjax.kernels.attention.merged import merged, pays
 from llmjax.kernels.attention.paged import Rule, paged
 from llmjax.kernels.attention.reference import reference
 from llmjax.kernels.attention.ring import exchange, ring, ulysses
 from llmjax.kernels.attention.sparse import sparse
 from llmjax.kernels.attention.splash import splash
 
-__all__ = ["IMPLEMENTATIONS", "Rule", "blockwise", "choose", "cudnn", "exchange", "paged", "reference", "ring", "sharded", "sparse", "splash", "ulysses"]
+__all__ = ["IMPLEMENTATIONS", "Rule", "blockwise", "choose", "cudnn", "exchange", "merged", "paged", "pays", "reference", "ring", "sharded", "sparse", "splash", "ulysses"]

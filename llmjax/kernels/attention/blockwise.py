@@ -46,6 +46,10 @@ def blockwise(q, k, v, *, query_positions=None, key_positions=None, query_segmen
 
 def _direct(total, q, k, v, sinks, slopes, where):
     """One query: everything it sees at once, by autodiff. q [B, K, G, 1, H], k [B, S, K, H] as it lies in the cache, v [B, S, K, Hv] -> [B, K, G, 1, Hv]."""
-    scores = total.cap(accumulate("bkgth,bskh->bkgts", q, k) * total.scale)
-    weights, denominator, _ = exponentials(total.seen(scores, slopes, where), sinks)
-    return (accumulate("bkgts,bskh->bkgth", weights.astype(q.dtype), v) / denominator).astype(q.dtype)
+    heads, kv = ("bkgth", "bskh") if k.shape[2] > 1 else ("bgh", "bsh")          # an axis of one head would make XLA's CPU backend turn keys round first
+    scores = heads[:-1] + "s"
+    part = lambda x, letters: x if len(letters) > 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+    products = accumulate(f"{heads},{kv}->{scores}", part(q, heads), part(k, kv)).reshape(*q.shape[:-1], k.shape[1])
+    weights, denominator, _ = exponentials(total.seen(total.cap(products * total.scale), slopes, where), sinks)
+    out = accumulate(f"{scores},{kv}->{heads}", part(weights.astype(q.dtype), scores), part(v, kv)).reshape(*q.shape[:-1], v.shape[-1])
+    return (out / denominator).astype(q.dtype)
