@@ -17,7 +17,7 @@ def pays(q: jax.Array, k: Any) -> bool:
     return platform() == "cpu" and not partitioned() and isinstance(k, jax.Array) and k.shape[2] > 1 and q.shape[1] * q.shape[2] <= MOST
 
 
-def merged(attention: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *where: Any, **settings: Any) -> jax.Array:
+def merged(attention: Callable[..., jax.Array], q: jax.Array, k: Any, v: Any, *where: Any, **settings: Any) -> jax.Array:
     """attention(q, k, v, *where, **settings) with all kv heads as one. q [B, T, N, H], k [B or P, S, K, H], v [B or P, S, K, Hv] -> [B, T, N, Hv]; equal but for the order of sums."""
     B, T, N, H = q.shape
     K, Hv = v.shape[2:]
