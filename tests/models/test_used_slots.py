@@ -12,7 +12,7 @@ from llmjax.core import Attention, Layer, Mlp, ModelConfig, Rope
 from llmjax.core.model_config import LatentAttention
 from llmjax.models import attention
 
-SIZE, USED = 40, 16
+SIZE, USED = 64, 16
 FULL, RING, LATENT = Attention(4, 2, 8, Rope()), Attention(4, 2, 8, Rope(), window=6), LatentAttention(4, 12, 6, 8, 10)
 CASES = {"float32": ((FULL, RING), "float32"), "int8": ((FULL, RING), "int8"), "latent": ((LATENT,), "float32")}
 
