@@ -1,6 +1,7 @@
 """Adapters that requests ask for by name: each row its own, in one batch, as if it were alone; names that are not there; prefixes that are not shared."""
 import concurrent.futures
 import contextlib
+import dataclasses as dc
 import os
 import shutil
 import ssl
@@ -17,6 +18,8 @@ from tiny_models import free_port
 import llmjax
 from llmjax import decode
 from llmjax.core import ConfigError
+from llmjax.decode.speculative import NGram
+from llmjax.serve import Observer, drafts
 from llmjax.serve.adapters import parse
 
 torch = pytest.importorskip("torch")
@@ -71,6 +74,26 @@ def test_each_row_as_if_it_were_alone(web, made):
             names = [*made] * 3
             assert [got.json()["choices"][0]["text"] for got in pool.map(lambda name: ask(web, name, prompt), names)] == [expected[name] for name in names]
     assert ask(web, "first", prompt).json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16, "its own prefix it finds"
+
+
+def test_guessed_tokens_are_judged_by_the_row_s_own_adapter(folder, made, monkeypatch):
+    """Each row is guessed what the base model would say: right for the base's row, seldom for the others, whose text stays their own."""
+    tokenizer, ids = serving.make_tokenizer(), list(range(40, 65))
+    expected = {name: decode.generate(*pair, None, [ids], max_new_tokens=16, stop=[])[0] for name, pair in made.items()}
+    whole = ids + expected["tiny"]
+    monkeypatch.setattr(drafts, "lookup", lambda text, longest, count: whole[len(text):len(text) + count])
+    count: dict[int, int] = {}
+
+    class Count(Observer):
+        def judged(self, guesses, right):
+            count[len(count)] = right
+    alone = serving.Alone((*made["tiny"], tokenizer), dc.replace(serving.SMALL, rows=8, speculate=NGram(5)), observer=Count(), adapters={name: folder / name for name in OPTIONS})
+    try:
+        asked = {name: alone.ask(ids, 16, adapter=None if name == "tiny" else name) for name in [*made]}
+        assert {name: alone.wait(request)[0] for name, request in asked.items()} == expected
+        assert len(set(map(tuple, expected.values()))) == 3 and sum(count.values()) >= 8, "the guesses of the base's row were taken"
+    finally:
+        alone.close()
 
 
 def test_every_endpoint_takes_their_names(web, made):
