@@ -152,12 +152,14 @@ class MixtureOfExperts:
     bias: bool = False                 # on each expert's products
     scale_inputs: bool = False         # the gate multiplies what an expert sees, not what it answers (Llama 4)
     limit: float | None = None         # gate at most limit, up within ± limit, then (up + 1) · gate · sigmoid(1.702 gate) (gpt-oss)
+    norms: Norm | None = None          # router, experts and shared MLP see the input through a norm each, the router's times dim ** -0.5; so are their two answers normed (Gemma 4)
+    expert_scale: bool = False         # a learned number times each expert's gate, once the gates sum to 1
 
 
 Recurrent = GatedDelta | LinearAttention       # what they remember is a state, not every token
 Mixer = Attention | LatentAttention | Recurrent
 FeedForward = Mlp | MixtureOfExperts
-Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
+Wiring = Literal["pre", "post", "sandwich", "sandwich_open", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
 
 
 @dc.dataclass(frozen=True)
@@ -344,6 +346,8 @@ def check_cross(mixer: Attention, where: str) -> None:
 
 
 def check_experts(ffn: MixtureOfExperts, where: str) -> None:
+    if ffn.norms and not ffn.shared:
+        raise ConfigError(f"{where}: experts with norms of their own stand beside a shared MLP: give `shared`, its width, or leave `norms` out")
     if not 1 <= ffn.top_k <= ffn.experts:
         raise ConfigError(f"{where}: top_k={ffn.top_k} must lie between 1 and experts={ffn.experts}")
     groups = ffn.groups
