@@ -186,18 +186,20 @@ class LanguageHead:
 
 
 @dc.dataclass(frozen=True)
-class MaskedHead:
-    """Logits of the vocabulary for every token after a transform (BERT); ModelConfig.tied and head_bias say how. spare_bias: a second bias that is kept and changes nothing."""
-    transform: Transform
-    spare_bias: bool = False
-
-
-@dc.dataclass(frozen=True)
 class ClassifierHead:
     """Scores of `labels` for a whole text, out of its first token or the mean of all."""
     labels: tuple[str, ...]
     transform: Transform
     pooling: Literal["first", "mean"] = "first"
+
+
+@dc.dataclass(frozen=True)
+class MaskedHead:
+    """Logits of the vocabulary for every token after a transform (BERT); ModelConfig.tied and head_bias say how. spare_bias: a second bias that is kept and changes nothing.
+    text: of the whole text scores as well, which go to `aux` as `scores` (BERT's next sentence)."""
+    transform: Transform
+    spare_bias: bool = False
+    text: ClassifierHead | None = None
 
 
 @dc.dataclass(frozen=True)

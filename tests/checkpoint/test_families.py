@@ -87,6 +87,7 @@ CASES = {
     "gpt2": dict(model_type="gpt2", vocab_size=96, n_embd=24, n_head=3, n_layer=4, n_positions=64, n_inner=40, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=True,
                  summary_type="cls_index", resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
     "bert": dict(BERT, model_type="bert", architectures=["BertForMaskedLM"], tie_word_embeddings=False),
+    "bert+next": dict(BERT, model_type="bert", architectures=["BertForPreTraining"]),
     "roberta": dict(BERT, model_type="roberta", architectures=["RobertaForSequenceClassification"], pad_token_id=1, id2label={"0": "no", "1": "perhaps", "2": "yes"}),
     "xlm-roberta": dict(BERT, model_type="xlm-roberta", architectures=["XLMRobertaForQuestionAnswering"], pad_token_id=1),
     "distilbert": dict(model_type="distilbert", architectures=["DistilBertForTokenClassification"], vocab_size=96, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64,

@@ -82,7 +82,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return {**base.common(config, "hidden_activation", near), "sliding_window": base.widest(config) or 512, "layer_types": base.layer_types(config), "attention_bias": near.qkv_bias,
             "rope_parameters": {FAR: write_rope(far.rope), NEAR: write_rope(near.rope)}, "global_head_dim": far.head_dim,
             "num_global_key_value_heads": far.kv_heads if far.shared_kv else None, "attention_k_eq_v": far.shared_kv, "num_kv_shared_layers": shared,
-            "use_double_wide_mlp": bool(shared) and widths[-1] == 2 * (widths[0] or 0), "enable_moe_block": bool(experts), **experts, "intermediate_size": widths[0], "final_logit_softcapping": config.logit_softcap,
+            "use_double_wide_mlp": bool(shared) and widths[-1] == 2 * (widths[0] or 0), "enable_moe_block": bool(experts), **experts, "intermediate_size": widths[0],
+            "final_logit_softcapping": config.logit_softcap,
             "hidden_size_per_layer_input": own.dim if own else 0, **({"vocab_size_per_layer_input": own.vocab_size} if own else {})}
 
 
