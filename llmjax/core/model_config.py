@@ -267,7 +267,8 @@ class ModelConfig:
     embed_dim: int | None = None       # width of the embeddings where a projection follows them (ELECTRA); None: dim
     embed_proj_bias: bool = False
     embed_proj_first: bool = False     # positions are added after the projection (OPT-350m), not before
-    encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding
+    encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding unless encoder_embeds
+    encoder_embeds: bool = False       # the encoder has an embedding of its own
     decoder_start: int | None = None   # the token an encoder-decoder's answer starts from
     layer_inputs: LayerInputs | None = None
 

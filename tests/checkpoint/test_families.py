@@ -103,6 +103,8 @@ CASES = {
                feed_forward_proj="gated-gelu", tie_word_embeddings=False, n_positions=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8),
     "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                  decoder_attention_heads=2, max_position_embeddings=64, normalize_before=False, num_hidden_layers=3, forced_eos_token_id=2),
+    "bart+untied": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
+                        decoder_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=False),
     "mbart": dict(model_type="mbart", vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                   decoder_attention_heads=2, max_position_embeddings=64, normalize_before=True, add_final_layer_norm=True, scale_embedding=True, forced_eos_token_id=2),
 }
