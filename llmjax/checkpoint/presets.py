@@ -79,6 +79,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "bart-base": dict(model_type="bart", vocab_size=50_265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072, decoder_ffn_dim=3072, encoder_attention_heads=12,
                       decoder_attention_heads=12, bos_token_id=0, eos_token_id=2, pad_token_id=1),
     "gemma3-1b": llama(262_144, 1152, 6912, 26, 4, 1, 32_768, model_type="gemma3_text", sliding_window=512, **GEMMA),
+    "embeddinggemma-300m": llama(262_144, 768, 1152, 24, 3, 1, 2048, model_type="gemma3_text", architectures=["Gemma3TextModel"], sliding_window=512, use_bidirectional_attention=True, **GEMMA),
     "gemma4-26b-a4b": llama(262_144, 2816, 2112, 30, 16, 8, 262_144, model_type="gemma4_text", global_head_dim=512, num_global_key_value_heads=2, attention_k_eq_v=True,
                             sliding_window=1024, hidden_size_per_layer_input=0, final_logit_softcapping=30.0, enable_moe_block=True, num_experts=128, top_k_experts=8,
                             moe_intermediate_size=704, **{k: v for k, v in GEMMA.items() if k != "query_pre_attn_scalar"}),

@@ -108,6 +108,7 @@ CASES = {
     "mbart": dict(model_type="mbart", vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                   decoder_attention_heads=2, max_position_embeddings=64, normalize_before=True, add_final_layer_norm=True, scale_embedding=True, forced_eos_token_id=2),
 }
+CASES["gemma3+both ways"] = {**CASES["gemma3"], "architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True}
 # Published counts: the models' cards, or the sum over the shapes in their safetensors indices; where these say less, what transformers makes of the published numbers.
 COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
           "llama-4-scout": 107_769_861_120, "mixtral-8x22b": 140_630_071_296, "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560, "gemma-2b": 2_506_172_416,
@@ -122,7 +123,8 @@ COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738
           "grok-1": 64 * (8 * 3 * 6144 * 32_768 + 2 * 6144 * (48 + 8) * 128 + 6144 * 8 + 4 * 6144) + 131_072 * 6144 + 6144,
           "llama-3.1-8b": 8_030_261_248, "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "mistral-7b": 7_241_732_096, "mixtral-8x7b": 46_702_792_704,
           "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984,
-          "gemma3-1b": 999_885_952, "gemma4-26b-a4b": 25_233_141_790, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+          "gemma3-1b": 999_885_952, "gemma4-26b-a4b": 25_233_141_790,
+          "embeddinggemma-300m": 302_863_104, "gpt-2-medium": 354_823_168, "gpt-2-xl": 1_557_611_200, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
           "llama-2-13b": 13_015_864_320,
           # of the class that `architectures` names; flan-t5's head is a matrix of its own, BART's count includes the 50,265 numbers of final_logits_bias, a buffer of its checkpoints
           "bert-base": 109_482_240, "bert-large": 335_141_888, "all-minilm-l6-v2": 22_713_216, "roberta-base": 124_697_433, "xlm-roberta-base": 278_043_648, "distilbert-base": 66_362_880,
@@ -214,6 +216,7 @@ def test_windows_and_scales_are_data():
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
+    ("gemma3+both ways", {"architectures": ["Gemma3ForCausalLM"]}, "the architecture 'Gemma3ForCausalLM' is not read; of this family are Gemma3TextModel"),
     ("bert", {"architectures": ["BertForMultipleChoice"]}, "the architecture 'BertForMultipleChoice' is not read; of this family are BertModel, BertForMaskedLM"),
     ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type=['p2p']"), ("deberta-v2", {"conv_kernel_size": 3}, "conv_kernel_size=3"),

@@ -31,6 +31,8 @@ HEADS = {                      # class, config class, fields
     "replaced": ("ElectraForPreTraining", {**BERT, "embedding_size": 16}), "electra": ("ElectraForSequenceClassification", {**BERT, "num_labels": 3}),
     "windows": ("ModernBertForTokenClassification", {**BERT, "local_attention": 6, "num_hidden_layers": 4}), "modern": ("ModernBertForQuestionAnswering", BERT),
     "next": ("BertForPreTraining", BERT),
+    "both ways": ("Gemma3TextModel", {**BERT, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                                      "use_bidirectional_attention": True}),
     "mean": ("ModernBertForSequenceClassification", {**BERT, "classifier_pooling": "mean", "local_attention": 6}),
     "distances": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pooler_hidden_act": "tanh"}), "apart": ("DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": False, "type_vocab_size": 2}),
     "plain distances": ("DebertaV2Model", {**DEBERTA, "position_buckets": -1, "pos_att_type": ["c2p"], "norm_rel_ebd": "none", "position_biased_input": False}),
@@ -41,7 +43,8 @@ LENGTHS = (40, 23)             # longer than every window and exact distance abo
 def theirs(name, scale):
     """A model of transformers with random weights of this scale, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     kind, fields = HEADS[name]
-    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
+    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert",
+                                                    "Gemma3Text") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
     torch.manual_seed(0)
     return perturbed(getattr(transformers, kind)(config))
 
