@@ -216,6 +216,7 @@ def test_windows_and_scales_are_data():
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
+    ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True with pretraining_tp=2"),
     ("gemma3+both ways", {"architectures": ["Gemma3ForCausalLM"]}, "the architecture 'Gemma3ForCausalLM' is not read; of this family are Gemma3TextModel"),
     ("bert", {"architectures": ["BertForMultipleChoice"]}, "the architecture 'BertForMultipleChoice' is not read; of this family are BertModel, BertForMaskedLM"),
     ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
@@ -223,7 +224,7 @@ def test_windows_and_scales_are_data():
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling='max'"), ("t5", {"feed_forward_proj": "gated-sillu"}, "feed_forward_proj='gated-sillu'"),
     ("t5", {"architectures": ["T5ForTokenClassification"]}, "'T5ForTokenClassification' is not read"), ("bart", {"normalize_before": True}, "normalize_before=True"),
 ])
-def test_encoders_name_what_they_do_not_read(name, change, words):
+def test_families_name_what_they_do_not_read(name, change, words):
     with pytest.raises(CheckpointError) as error:
         to_model_config({**CASES[name], **change})
     assert words in str(error.value) and "\n" not in str(error.value)
