@@ -68,7 +68,7 @@ CASES = {
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, ffn_act_fn={"name": "gelu"})),
     "falcon": dict(model_type="falcon", vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2, bias=True),
     "bloom": dict(model_type="bloom", vocab_size=96, n_embed=32, n_layer=3, n_head=4, seq_length=128, offset_alibi=100, attention_softmax_in_fp32=True),
-    "mpt": dict(model_type="mpt", vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=128, no_bias=True, attn_config=dict(alibi=True, alibi_bias_max=16, clip_qkv=6)),
+    "mpt": dict(model_type="mpt", vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=128, no_bias=True, attn_config=dict(alibi=True, alibi_bias_max=8, clip_qkv=6)),
     "opt": dict(model_type="opt", vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
                 do_layer_norm_before=False, bos_token_id=2, eos_token_id=2, pad_token_id=1, prefix="</s>"),
     "grok1": dict(SMALL, model_type="grok-1", num_experts=4, num_experts_per_tok=2, embedding_multiplier_scale=5.5, output_multiplier_scale=0.5, max_attn_value=20.0),
@@ -216,7 +216,7 @@ def test_windows_and_scales_are_data():
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
-    ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True with pretraining_tp=2"),
+    ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max=16"), ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True with pretraining_tp=2"),
     ("gemma3+both ways", {"architectures": ["Gemma3ForCausalLM"]}, "the architecture 'Gemma3ForCausalLM' is not read; of this family are Gemma3TextModel"),
     ("bert", {"architectures": ["BertForMultipleChoice"]}, "the architecture 'BertForMultipleChoice' is not read; of this family are BertModel, BertForMaskedLM"),
     ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
