@@ -38,8 +38,9 @@ def measure() -> dict[str, float]:
             reference = tiny.theirs(name)
             reference.save_pretrained(folder)
             model, params, _ = pretrained.load(folder, dtype="float32")
-            found[name] = float(f"{tiny.far(tiny.ours(model, params), tiny.answer(reference)):.1e}")
-            print(f"{name}: {found[name]:.1e}", file=sys.stderr, flush=True)
+            far = float(f"{tiny.far(tiny.ours(model, params), tiny.answer(reference)):.1e}")
+            found[model.config.family] = max(far, found.get(model.config.family, 0.0))
+            print(f"{name}: {far:.1e}", file=sys.stderr, flush=True)
     return found
 
 

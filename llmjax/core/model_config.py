@@ -152,12 +152,14 @@ class MixtureOfExperts:
     bias: bool = False                 # on each expert's products
     scale_inputs: bool = False         # the gate multiplies what an expert sees, not what it answers (Llama 4)
     limit: float | None = None         # gate at most limit, up within ± limit, then (up + 1) · gate · sigmoid(1.702 gate) (gpt-oss)
+    norms: Norm | None = None          # router, experts and shared MLP see the input through a norm each, the router's times dim ** -0.5; so are their two answers normed (Gemma 4)
+    expert_scale: bool = False         # a learned number times each expert's gate, once the gates sum to 1
 
 
 Recurrent = GatedDelta | LinearAttention       # what they remember is a state, not every token
 Mixer = Attention | LatentAttention | Recurrent
 FeedForward = Mlp | MixtureOfExperts
-Wiring = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
+Wiring = Literal["pre", "post", "sandwich", "sandwich_open", "parallel", "parallel_two_norms", "after_sum", "pre_ffn"]
 
 
 @dc.dataclass(frozen=True)
@@ -184,18 +186,20 @@ class LanguageHead:
 
 
 @dc.dataclass(frozen=True)
-class MaskedHead:
-    """Logits of the vocabulary for every token after a transform (BERT); ModelConfig.tied and head_bias say how. spare_bias: a second bias that is kept and changes nothing."""
-    transform: Transform
-    spare_bias: bool = False
-
-
-@dc.dataclass(frozen=True)
 class ClassifierHead:
     """Scores of `labels` for a whole text, out of its first token or the mean of all."""
     labels: tuple[str, ...]
     transform: Transform
     pooling: Literal["first", "mean"] = "first"
+
+
+@dc.dataclass(frozen=True)
+class MaskedHead:
+    """Logits of the vocabulary for every token after a transform (BERT); ModelConfig.tied and head_bias say how. spare_bias: a second bias that is kept and changes nothing.
+    text: of the whole text scores as well, which go to `aux` as `scores` (BERT's next sentence)."""
+    transform: Transform
+    spare_bias: bool = False
+    text: ClassifierHead | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -263,7 +267,8 @@ class ModelConfig:
     embed_dim: int | None = None       # width of the embeddings where a projection follows them (ELECTRA); None: dim
     embed_proj_bias: bool = False
     embed_proj_first: bool = False     # positions are added after the projection (OPT-350m), not before
-    encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding
+    encoder: ModelConfig | None = None    # what the layers' cross-attention looks at; it shares the embedding unless encoder_embeds
+    encoder_embeds: bool = False       # the encoder has an embedding of its own
     decoder_start: int | None = None   # the token an encoder-decoder's answer starts from
     layer_inputs: LayerInputs | None = None
 
@@ -344,6 +349,8 @@ def check_cross(mixer: Attention, where: str) -> None:
 
 
 def check_experts(ffn: MixtureOfExperts, where: str) -> None:
+    if ffn.norms and not ffn.shared:
+        raise ConfigError(f"{where}: experts with norms of their own stand beside a shared MLP: give `shared`, its width, or leave `norms` out")
     if not 1 <= ffn.top_k <= ffn.experts:
         raise ConfigError(f"{where}: top_k={ffn.top_k} must lie between 1 and experts={ffn.experts}")
     groups = ffn.groups

@@ -1,4 +1,4 @@
-"""The encoder-decoder: a decoder whose layers also attend to an encoder's output. Both share one embedding.
+"""The encoder-decoder: a decoder whose layers also attend to an encoder's output. Both share one embedding unless the configuration says otherwise.
 
 Legend: B batch, T length of the decoder's tokens, S of the encoder's, D embed.
 
@@ -53,4 +53,4 @@ class EncoderDecoder(Decoder):
     def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
         """The encoder's output [B, S, D] for tokens, segment_ids, positions [B, S] int32."""
         with jax.named_scope("encoder"):
-            return self.encoder.body(tokens, positions, segment_ids, None, self.embed())[0]
+            return self.encoder.body(tokens, positions, segment_ids, None, self.encoder.embed() if self.config.encoder_embeds else self.embed())[0]

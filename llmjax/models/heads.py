@@ -4,6 +4,7 @@ Legend: B batch, T length, D embed, E width of the embedding, V vocabulary, C la
 """
 from __future__ import annotations
 
+import dataclasses as dc
 from typing import Any
 
 import jax
@@ -39,13 +40,15 @@ class HeadModule(Module):
 
 
 class Masked(HeadModule):
-    """-> [B, T, V]."""
+    """-> [B, T, V]; the scores of the whole text [B, C], where the head has some, are sown into `aux`."""
 
     @compact
     def __call__(self, x: jax.Array, table: Any, segments: jax.Array | None) -> jax.Array:
         c, spec = self.config, self.config.head
         assert isinstance(spec, MaskedHead)
         width = c.embed_dim or c.dim
+        if spec.text and (self.is_initializing() or self.is_mutable_collection("aux")):
+            self.sow("aux", "scores", Classifier(dc.replace(c, head=spec.text), self.compute, name="text")(x, table, segments))
         x = self.transformed(spec.transform, x, width)
         if c.tied:
             logits = dot("bte,ve->btv", x, table, out_dtype=jnp.float32)

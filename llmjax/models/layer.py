@@ -51,6 +51,12 @@ def sandwich(x, mix: Sub, feed: Sub, norm, s):
     return x + s * norm("norm_ffn_out")(feed(norm("norm_ffn")(x)))
 
 
+def sandwich_open(x, mix: Sub, feed: Sub, norm, s):
+    """Gemma 4's mixtures: the feed-forward has norms of its own on what it sees."""
+    x = x + s * norm("norm_mixer_out")(mix(norm("norm_mixer")(x)))
+    return x + s * norm("norm_ffn_out")(feed(x))
+
+
 def parallel(x, mix: Sub, feed: Sub, norm, s):
     """GPT-J, Falcon 7B, Phi-2, Command-R."""
     h = norm("norm_mixer")(x)
@@ -76,7 +82,8 @@ def pre_ffn(x, mix: Sub, feed: Sub, norm, s):
     return x + s * feed(norm("norm_ffn")(x))
 
 
-WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel, "parallel_two_norms": parallel_two_norms, "after_sum": after_sum, "pre_ffn": pre_ffn}
+WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "sandwich_open": sandwich_open, "parallel": parallel, "parallel_two_norms": parallel_two_norms, "after_sum": after_sum,
+           "pre_ffn": pre_ffn}
 
 
 def divided(length: int, layout: Layout) -> bool:

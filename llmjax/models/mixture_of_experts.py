@@ -13,6 +13,7 @@ from llmjax.kernels import grouped_matmul
 from llmjax.models.dispatch import through_experts
 from llmjax.models.feed_forward import MultiLayerPerceptron, clamped, gate
 from llmjax.models.module import Module, along, compact, vector, weight
+from llmjax.models.norms import Normalize
 
 
 class Experts(Module):
@@ -24,7 +25,8 @@ class Experts(Module):
     @compact
     def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
         m, D, E, F = self.spec, x.shape[-1], self.spec.experts, self.spec.hidden
-        gates, chosen = self.route(x, segments)
+        seen = self.normed(x, "norm")
+        gates, chosen = self.route(self.normed(x, "router_norm") * D ** -0.5 if m.norms else x, segments)
         weights = {name: dense(weight(self, name, label, (E, *shape))) for name, label, shape in
                    (("up", "expert | embed -> mlp", (D, F)), ("gate", "expert | embed -> mlp", (D, F)), ("down", "expert | mlp -> embed", (F, D)))}
         axes = {"up": "expert . mlp", "gate": "expert . mlp", "down": "expert mlp ."}
@@ -34,15 +36,21 @@ class Experts(Module):
         if partitioned():
             weights = {name: w.astype(x.dtype) for name, w in weights.items()}          # what travels between devices
         with jax.named_scope("experts"):
-            y, dropped = through_experts(self.work, weights, axes, x, gates, chosen, self.layout, scale_inputs=m.scale_inputs, form=self.compute.dispatch, capacity=self.compute.capacity)
+            y, dropped = through_experts(self.work, weights, axes, seen, gates, chosen, self.layout, scale_inputs=m.scale_inputs, form=self.compute.dispatch, capacity=self.compute.capacity)
         if dropped is not None:
             self.sow("aux", "dropped", (dropped if segments is None else dropped * (segments > 0)).sum())
+        y = self.normed(y, "norm_out")
         if m.shared is not None:
-            shared = MultiLayerPerceptron(Mlp(m.shared, m.activation), self.compute, self.layout, name="shared")(x)
+            shared = MultiLayerPerceptron(Mlp(m.shared, m.activation), self.compute, self.layout, name="shared")(self.normed(x, "shared_norm"))
+            shared = self.normed(shared, "shared_norm_out")
             if m.shared_gate:
                 shared = shared * jax.nn.sigmoid(dot("btd,dr->btr", x, weight(self, "shared_gate", "embed -> router", (D, 1)), out_dtype=jnp.float32)).astype(x.dtype)
             y = y + shared
         return y
+
+    def normed(self, x: jax.Array, name: str) -> jax.Array:
+        """x through a norm called `name`, of experts that have norms of their own."""
+        return Normalize(self.spec.norms, self.compute, name=name)(x) if self.spec.norms else x
 
     def work(self, weights: dict[str, jax.Array], rows: jax.Array, sizes: jax.Array, which: jax.Array, alone: jax.Array) -> jax.Array:
         """What experts make of their rows (models/dispatch.py)."""
@@ -77,6 +85,8 @@ class Experts(Module):
         self.report(logits, scores if m.score == "softmax" else scores / (scores.sum(-1, keepdims=True) + 1e-20), chosen, segments)
         if m.renormalize:
             gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)                  # sigmoids may all be 0
+        if m.expert_scale:
+            gates = gates * dense(vector(self, "expert_scale", "router", (E,), 1.0)).astype(gates.dtype)[chosen]
         return (gates * m.scale).reshape(B, T, -1), chosen.reshape(B, T, -1)
 
     def report(self, logits, probabilities, chosen, segments) -> None:

@@ -30,6 +30,9 @@ HEADS = {                      # class, config class, fields
     "relu": ("DistilBertForSequenceClassification", dict(vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=48, pad_token_id=0)),
     "replaced": ("ElectraForPreTraining", {**BERT, "embedding_size": 16}), "electra": ("ElectraForSequenceClassification", {**BERT, "num_labels": 3}),
     "windows": ("ModernBertForTokenClassification", {**BERT, "local_attention": 6, "num_hidden_layers": 4}), "modern": ("ModernBertForQuestionAnswering", BERT),
+    "next": ("BertForPreTraining", BERT),
+    "both ways": ("Gemma3TextModel", {**BERT, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                                      "use_bidirectional_attention": True}),
     "mean": ("ModernBertForSequenceClassification", {**BERT, "classifier_pooling": "mean", "local_attention": 6}),
     "distances": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pooler_hidden_act": "tanh"}), "apart": ("DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": False, "type_vocab_size": 2}),
     "plain distances": ("DebertaV2Model", {**DEBERTA, "position_buckets": -1, "pos_att_type": ["c2p"], "norm_rel_ebd": "none", "position_biased_input": False}),
@@ -40,7 +43,8 @@ LENGTHS = (40, 23)             # longer than every window and exact distance abo
 def theirs(name, scale):
     """A model of transformers with random weights of this scale, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     kind, fields = HEADS[name]
-    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
+    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert",
+                                                    "Gemma3Text") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
     torch.manual_seed(0)
     return perturbed(getattr(transformers, kind)(config))
 
@@ -58,7 +62,7 @@ def far(got, want):
 
 
 def answer(output):
-    value = next((output[key] for key in ("logits", "last_hidden_state") if output.get(key) is not None), None)
+    value = next((output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if output.get(key) is not None), None)
     return (torch.stack([output.start_logits, output.end_logits], -1) if value is None else value).numpy()
 
 
@@ -85,6 +89,8 @@ def test_heads_of_ragged_batches(name, scale, tmp_path):
     assert far(got, want) < 5e-5
     if getattr(output, "pooler_output", None) is not None:
         assert far(said["aux"]["pooler"]["pooled"][0], output.pooler_output.numpy()) < 5e-5
+    if "seq_relationship_logits" in output:
+        assert far(said["aux"]["masked"]["scores"][0], output.seq_relationship_logits.numpy()) < 5e-5
     pretrained.save(tmp_path / "again", model, params)
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert saved["architectures"] == [HEADS[name][0]]

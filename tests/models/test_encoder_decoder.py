@@ -24,7 +24,8 @@ T5 = dict(vocab_size=61, d_model=32, d_ff=48, d_kv=8, num_layers=3, num_decoder_
           relative_attention_max_distance=20)
 BART = dict(vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4, decoder_attention_heads=2,
             max_position_embeddings=64, forced_eos_token_id=None)
-KINDS = {"t5": ("T5", T5), "gated": ("T5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}), "bart": ("Bart", BART)}
+KINDS = {"t5": ("T5", T5), "gated": ("T5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}), "bart": ("Bart", BART),
+         "apart": ("Bart", {**BART, "tie_word_embeddings": False, "encoder_layers": 1, "decoder_layers": 1})}
 SOURCES, T = (40, 23), 17      # longer than the far end of T5's buckets
 
 
@@ -68,7 +69,7 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("name", "scale"), [("t5", 0.02), ("t5", 0.03), ("gated", 0.02), ("gated", 0.03), ("bart", 0.02), ("bart", 0.2)])
+@pytest.mark.parametrize(("name", "scale"), [("t5", 0.02), ("t5", 0.03), ("gated", 0.02), ("gated", 0.03), ("bart", 0.02), ("bart", 0.2), ("apart", 0.2)])
 def test_logits_of_ragged_sources(made, name, scale):
     """Against float64, where transformers' own float32 is the measure: attention without a scale (T5) saturates at larger weights and magnifies rounding, theirs as ours. 1e-5 is float32's
     order of sums some ten products deep."""

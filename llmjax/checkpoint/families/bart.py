@@ -1,5 +1,6 @@
 """BART (Lewis et al. 2020): encoder and decoder of the first Transformer's wiring, learned positions from row 2 on, a norm after each embedding. mBART (Liu et al. 2020) has its norms
 before each sublayer and after the last."""
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +21,15 @@ def stack(side: str, ours: str = "") -> tuple[Row, ...]:
             Row(f"model.{side}.embed_positions.weight", f"{lead}positions/table"), *encoders.norm(f"model.{side}.layernorm_embedding", f"{lead}embed_norm"))
 
 
+E = ("model.shared.weight", "model.decoder.embed_tokens.weight", "model.encoder.embed_tokens.weight")
 D = "model.decoder.layers.{l}.encoder_attn"
 TABLE = Table((
-    Row("model.shared.weight", "embed/table"), Row("final_logits_bias", "head/bias", "1 v -> v"), *stack("decoder"), *stack("encoder", "encoder"),
+    Row(E[0], "embed/table"), Row("final_logits_bias", "head/bias", "1 v -> v"), *stack("decoder"), *stack("encoder", "encoder"),
     *encoders.attention((f"{D}.{name}" for name in PARTS), "cross"), *encoders.norm(D + "_layer_norm", "norm_cross_out"), *encoders.norm(D + "_layer_norm", "norm_cross"),
-), base="model.", copies=tuple((name, "model.shared.weight") for name in ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")))
+), base="model.", copies=tuple((name, E[0]) for name in ("lm_head.weight", *E[1:])))
+# Untied, both sides and the head have a matrix each; files of transformers 4 hold that of both sides once, as the shared one, which transformers 5 keeps and does not use.
+APART = replace(TABLE, copies=(), extras=(re.escape(E[0]),), rows=(
+    Row("lm_head.weight", "head/kernel", "v d -> d v"), Row(E[1], "embed/table"), Row(E[0], "embed/table"), Row(E[2], "encoder/embed/table"), Row(E[0], "encoder/embed/table"), *TABLE.rows[1:]))
 
 
 def family(name: str, prefix: str, before: bool) -> base.Family:
@@ -35,7 +40,7 @@ def family(name: str, prefix: str, before: bool) -> base.Family:
         f.ignore("init_std", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "classifier_dropout", "classif_dropout", "num_hidden_layers", "save_step",
                  "force_bos_token_to_be_generated")
         # older files spell out the settings that made BART of a more general code
-        f.fixed(is_decoder=False, tie_word_embeddings=True, add_bias_logits=False, add_final_layer_norm=before, normalize_before=before, normalize_embedding=True,
+        f.fixed(is_decoder=False, add_bias_logits=False, add_final_layer_norm=before, normalize_before=before, normalize_embedding=True,
                 static_position_embeddings=False, extra_pos_embeddings=OFFSET)
         dim, rows = f.count("d_model", 1024), f.count("max_position_embeddings", 1024) + OFFSET
         f.values.setdefault("pad_token_id", 1)
@@ -49,8 +54,8 @@ def family(name: str, prefix: str, before: bool) -> base.Family:
             return Layer(mixer, ffn, "pre" if before else "after_sum", cross=replace(mixer, causal=False) if causal else None)
         inner = base.model(f, name, [layer("encoder", False)] * f.count("encoder_layers", 12), head=NoHead(), **both)
         start = f.ids("decoder_start_token_id") or (None if before else 2,)                # mBART's answers start from a language's token
-        return base.model(f, name, [layer("decoder", True)] * f.count("decoder_layers", 12), encoder=inner, head_bias=True, decoder_start=start[0], **both)
-    return base.Family(name, (name,), prefix + "ForConditionalGeneration", read, write, TABLE, rotary=False)
+        return base.model(f, name, [layer("decoder", True)] * f.count("decoder_layers", 12), encoder=inner, encoder_embeds=not inner.tied, head_bias=True, decoder_start=start[0], **both)
+    return base.Family(name, (name,), prefix + "ForConditionalGeneration", read, write, lambda config: APART if config.encoder_embeds else TABLE, rotary=False)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,6 @@
 """BERT (Devlin et al. 2019) and what says model_type "bert": MiniLM, BGE, E5, all-MiniLM-L6-v2."""
+from dataclasses import replace
+
 from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
@@ -7,15 +9,19 @@ from llmjax.core.model_config import Activation, ClassifierHead, MaskedHead, Mod
 TABLE = Table((
     *encoders.bert_rows("bert."), *encoders.SCORES,
     *encoders.dense("bert.pooler.dense", "classifier/dense"), *encoders.dense("classifier", "classifier/out"), *encoders.dense("bert.pooler.dense", "pooler/dense"),
+    *encoders.dense("bert.pooler.dense", "masked/text/dense"), *encoders.dense("cls.seq_relationship", "masked/text/out"),
     *encoders.dense("cls.predictions.transform.dense", "masked/dense"), *encoders.norm("cls.predictions.transform.LayerNorm", "masked/norm"),
     Row("cls.predictions.bias", "masked/bias"), Row("cls.predictions.decoder.weight", "masked/kernel", "v d -> d v"), Row("cls.predictions.decoder.bias", "masked/out_bias"),
 ), base="bert.", renames=encoders.RENAMES, extras=(r"bert\.embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
    copies=(("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"), ("cls.predictions.decoder.bias", "cls.predictions.bias")))
 
 
+NEXT = ("next", "random")              # whether the second text follows the first
+
+
 def heads(activation: Activation, tied: bool, labels: tuple[str, ...]) -> encoders.Heads:
-    pooler = Transform("tanh")
-    return {"BertModel": NoHead(pooler), "BertForMaskedLM": MaskedHead(Transform(activation, norm=True), spare_bias=not tied),
+    pooler, masked = Transform("tanh"), MaskedHead(Transform(activation, norm=True), spare_bias=not tied)
+    return {"BertModel": NoHead(pooler), "BertForMaskedLM": masked, "BertForPreTraining": replace(masked, text=ClassifierHead(NEXT, pooler)),
             "BertForSequenceClassification": ClassifierHead(labels, pooler), "BertForTokenClassification": TokenHead(labels), "BertForQuestionAnswering": SpanHead()}
 
 

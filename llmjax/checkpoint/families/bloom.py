@@ -4,6 +4,7 @@ from typing import Any
 from llmjax.checkpoint.families import base
 from llmjax.checkpoint.fields import Fields
 from llmjax.checkpoint.table import Row, Table
+from llmjax.core.errors import CheckpointError
 from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
 from llmjax.core.positions import Alibi
 
@@ -23,7 +24,10 @@ def read(f: Fields) -> ModelConfig:
     heads, count = ("num_attention_heads" if "num_attention_heads" in f.values else "n_head"), ("num_hidden_layers" if "num_hidden_layers" in f.values else "n_layer")
     dim, n, context = f.count(wide), f.count(heads), f.count("seq_length", 2048)
     # the first is how products were cut up in training, the others how they were once fused; the last says that ALiBi's values are kept as tokens move, which they are here too
-    f.ignore("slow_but_exact", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add", "skip_bias_add_qkv", "attention_softmax_in_fp32", "hidden_size", "offset_alibi", "n_inner")
+    if f.flag("slow_but_exact") and f.count("pretraining_tp", 1) > 1:
+        raise CheckpointError(f"{f.where}: slow_but_exact=True with pretraining_tp={f.values['pretraining_tp']}: transformers then leaves the biases of the two output products out; "
+                              "set slow_but_exact to false to have them")
+    f.ignore("bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add", "skip_bias_add_qkv", "attention_softmax_in_fp32", "hidden_size", "offset_alibi", "n_inner")
     f.fixed(apply_residual_connection_post_layernorm=False)
     mixer = Attention(n, n, base.head_dim(f, dim, n), None, qkv_bias=True, out_bias=True, alibi=Alibi())
     norm = Norm("layer", f.number("layer_norm_epsilon", 1e-5), bias=True)
