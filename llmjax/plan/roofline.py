@@ -26,13 +26,16 @@ def training_days(flops: float, topology: Topology, mfu: float) -> float:
 
 
 def executed(job: Job) -> float:
-    """FLOPs a token really costs: the model's, and the forward pass again where layers are recomputed ("dots" keeps products and recomputes the rest, attention's too)."""
+    """FLOPs a token really costs: the model's, and the forward pass again where layers are recomputed ("dots" keeps products and recomputes the rest, attention's too), once more where the
+    ticks of a pipeline are."""
     model, context = job.model, job.config.context
     whole = train.flops_per_token(model, context)
     mixing = whole - 6 * matmul_weights(model)
     head = 6 * job.config.model.vocab_size * job.config.model.dim
     again = {None: 0.0, "dots": mixing / 3}.get(job.config.compute.remat, (whole - head) / 3)
-    return whole + again
+    repeated = job.config.model.repeats * len(job.config.model.cycle) / len(job.config.model.layers)
+    ticks = (traffic.again(job) - traffic.recomputed(job.config.compute.remat)) * (whole - head) / 3 * repeated
+    return whole + again + ticks
 
 
 def hbm_bytes(job: Job, found: dict[str, float]) -> float:
