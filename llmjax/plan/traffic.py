@@ -84,7 +84,7 @@ def activations(job: Job, add) -> None:
     if n > 1:                                                                  # keys and values once around in each forward pass, with their gradients in the backward pass
         width = sum(2 * getattr(x.mixer, "kv_heads", 0) * getattr(x.mixer, "head_dim", 0) * times * (more + 3) for layers, times, more in parts for x in layers)
         add(("sequence",), (n - 1) * tokens * width / job.over("kv_heads") * item)
-    if stages > 1:                                                             # on to the next stage and back, share by share; what goes in gathered, its gradient summed, what comes out scattered, and back
+    if stages > 1:                                                             # on to the next stage and back; what goes in gathered, its gradient summed, what comes out scattered, and back
         rest = job.over("residual") / job.over("length")
         add(("stage",), 2 * stages * stream / rest * idle * config.layout.interleave)
         add(("stage",), 5 * (stages - 1) * stream / rest)
