@@ -159,7 +159,9 @@ def dealt(weights: Any, axis: str, n: int, v: int) -> Any:
         chunks = w.reshape(v, w.shape[0] // v, *w.shape[1:])
         out = jnp.zeros_like(chunks)
         for sends in deal(n, v):
-            got = jax.lax.ppermute(chunks[jnp.array([i for i, _ in sends])[mine]], axis, [(s, d) for s, (_, d) in enumerate(sends)])
+            got = chunks[jnp.array([i for i, _ in sends])[mine]]
+            if any(s != d for s, (_, d) in enumerate(sends)):
+                got = jax.lax.ppermute(got, axis, [(s, d) for s, (_, d) in enumerate(sends)])
             place = {d: (s * v + i) // n for s, (i, d) in enumerate(sends)}
             out = out.at[jnp.array([place[d] for d in range(n)])[mine]].set(got)
         return out.reshape(w.shape)

@@ -80,9 +80,13 @@ def members(text: str) -> list[int]:
         split = [(before, part, size // before // part) for axis, size in sizes.items() for before, part in [taken.get(axis, (size, 1))]]
         grid = (_iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))).reshape([n for three in split for n in three])
         return grid[tuple(slice(None) if i % 3 == 1 else 0 for i in range(grid.ndim))].reshape(-1).tolist()
-    if found := re.search(r"source_target_pairs=(\{[\d,{}]*\})", text):
-        return next(([int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1]) if a != b), [])
-    return []
+    return next(([a, b] for a, b in pairs(text) if a != b), [])
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """Who sends to whom in a permutation."""
+    found = re.search(r"source_target_pairs=(\{[\d,{}]*\})", text)
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])] if found else []
 
 
 def _numbers(text: str) -> list[int]:
@@ -106,10 +110,12 @@ def group(text: str) -> int:
     return max(1, len(members(text)))
 
 
-def sent(kind: str, size: float, devices: int) -> float:
-    """Bytes one device sends for a collective over `size` bytes, around a ring."""
+def sent(kind: str, size: float, text: str) -> float:
+    """Bytes one device sends for a collective over `size` bytes, around a ring; in a permutation on the average, for some may keep what they have."""
     if kind == "collective-permute":
-        return size
+        moves = [a != b for a, b in pairs(text)]
+        return size * sum(moves) / len(moves) if moves else size
+    devices = group(text)
     return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
@@ -143,10 +149,10 @@ def read(text: str, mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
             kind = "reduce-scatter"
         size = max(given, made)
         row = collectives.setdefault(kind, {"count": 0, "bytes": 0, "sent_bytes": 0})
-        for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, group(x.text)))):
+        for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, x.text))):
             row[key] += value * times
         if mesh:
-            over[crossed(x.text, mesh)] += sent(kind, size, group(x.text)) * times          # type: ignore[assignment]
+            over[crossed(x.text, mesh)] += sent(kind, size, x.text) * times          # type: ignore[assignment]
 
     def walk(name: str, times: int, seen: set[str], around: str = "") -> None:
         table = known[name]

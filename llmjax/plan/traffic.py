@@ -64,7 +64,7 @@ def activations(job: Job, add) -> None:
     """What tensor, expert, sequence and stage parallelism pass on.
 
     Layers before and behind a pipeline are everybody's, each device has its part of the batch; within it a stage has the layers of its own and the tokens of all stages, and idle ticks send
-    like the others. Of a layer under tensor parallelism with a divided residual stream the forward pass gathers twice and scatters twice; made again it does not scatter at its end; the
+    like the others. Of a layer under tensor parallelism with a divided residual stream the forward pass gathers twice and scatters twice; made again by itself it does not scatter at its end; the
     backward pass gathers the outputs' gradients and scatters the inputs'.
     """
     mesh, config, model = job.mesh, job.config, job.config.model
@@ -73,9 +73,10 @@ def activations(job: Job, add) -> None:
     stream = tokens * model.dim * item
     idle = 1 / (1 - bubble(config.layout, stages))
     parts = (((*model.prefix, *model.suffix), 1.0, recomputed(config.compute.remat)), (model.cycle, model.repeats * idle, again(job)))          # layers, how often each, forward passes more
+    flat = stages > 1 and config.layout.ticks == "flat"
     n = mesh.shape["tensor"]
     if n > 1:                                                                  # embedding and head once each
-        add(("tensor",), (n - 1) / n * stream * (4 + sum(len(layers) * times * (8 + 4 * more - (more > 0)) for layers, times, more in parts)))
+        add(("tensor",), (n - 1) / n * stream * (4 + sum(len(layers) * times * (8 + 4 * more - (more > 0 and not (flat and layers is model.cycle))) for layers, times, more in parts)))
     n = mesh.shape["expert"]
     if n > 1:                                                                  # to the experts and back
         chosen = sum(x.ffn.top_k * times * (more + 2) for layers, times, more in parts for x in layers if isinstance(x.ffn, MixtureOfExperts))
