@@ -56,6 +56,7 @@ class Layout:
     microbatches: int | None = None      # parts of a batch that pass through the stages one after the other; None: as many as there are stages
     dcn: Literal["data", "fsdp", "stage"] = "data"      # the axis that goes across slices, where the devices are of several
     interleave: int = 1                  # chunks of layers a stage holds: 1 is GPipe, more make the idle share smaller and the traffic larger
+    ticks: Literal["nested", "flat"] = "nested"      # an interleaved tick is made again in the backward pass, and its layers once more, one at a time; flat: they are not, and are all kept meanwhile
     rules: Rules = RULES
 
     def __post_init__(self):
@@ -66,6 +67,10 @@ class Layout:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"layout.{name}={value!r}: a whole number from 1 is wanted")
+        if self.ticks not in ("nested", "flat"):
+            raise ConfigError(f"layout.ticks={self.ticks!r}: 'nested' or 'flat' is wanted")
+        if self.ticks == "flat" and self.interleave == 1:
+            raise ConfigError("layout.ticks=flat is about interleaved stages, whose ticks are made again; set layout.interleave too")
         if self.interleave > 1 and self.stage and (self.microbatches or self.stage) % self.stage:
             raise ConfigError(f"layout.microbatches={self.microbatches}: with layout.interleave={self.interleave} a multiple of layout.stage={self.stage} is wanted")
 

@@ -126,8 +126,9 @@ class _Share:
     def spread(self, x):
         if not self.lead:
             return x
-        B, T = x.shape[:2]
-        return self.pin(x.reshape(self.rows, B // self.rows, self.columns, T // self.columns, *x.shape[2:]).swapaxes(1, 2))
+        B, T = x.shape[:2]          # whole on every device of a part: where tensor parallelism divides a part's length further, each chunk would gather all of it
+        x = x.reshape(self.rows, B // self.rows, self.columns, T // self.columns, *x.shape[2:]).swapaxes(1, 2)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in self.axes)))
 
     def start(self, shape, dtype=jnp.float32):
         """Zeros to add a part's own sums to."""

@@ -4,6 +4,7 @@ A new kind of mixer or feed-forward is a dataclass in core/model_config.py, a mo
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -95,7 +96,16 @@ def divided(length: int, layout: Layout) -> bool:
 
 def whole_within(sub: Sub, layout: Layout) -> Sub:
     """A mixer or feed-forward for such a stream."""
-    return lambda h: constrain(sub(constrain(h, "batch length .", layout.rules)), "batch residual .", layout.rules)
+    return lambda h: constrain(sub(brought(layout, h)), "batch residual .", layout.rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def brought(layout: Layout, h: jax.Array) -> jax.Array:
+    """h [B, T, D] with its length whole. Its gradient, a sum over the devices, leaves as a reduce-scatter; the transpose of the constraint would ask for all of it on every device: an all-reduce."""
+    return constrain(h, "batch length .", layout.rules)
+
+
+brought.defvjp(lambda layout, h: (brought(layout, h), None), lambda layout, _, g: (constrain(g, "batch residual .", layout.rules),))
 
 
 class Block(Module):

@@ -55,12 +55,19 @@ def run(stage: Stage, params: Any, labels: Any, x: jax.Array, shared: Any, layou
         whole = partition(label.axes, leaf.shape, mesh, layout.rules, name)
         return PartitionSpec(*(tuple(a for a in mesh_axes(entry) if a in manual) or None for entry in whole))
     specs = map_named(spec, params, labels)
+
+    def within(name, leaf, label):
+        whole = partition(label.axes, leaf.shape, mesh, layout.rules, name) if label.is_matrix else ()
+        return PartitionSpec(*(tuple(a for a in mesh_axes(entry) if a not in manual and mesh.shape[a] > 1) or None for entry in whole))
+    inner = map_named(within, params, labels)
+    _, divided, share = free_axes("residual", layout.rules)
+    stream = PartitionSpec(None, tuple(a for a in divided if a not in manual)) if share > 1 and x.shape[1] % share == 0 else PartitionSpec()
     batch = jax.tree.map(lambda y: PartitionSpec(rows or None) if y.shape[0] == B and B > 1 else PartitionSpec(), shared)
     matrices = map_named(lambda name, leaf, label: label.is_matrix, params, labels)
 
     def local(params, x, shared):
         x = x.astype(dtype)
-        weights = jax.tree.map(lambda w, at, matrix: gathered(w.astype(dtype) if matrix and jnp.issubdtype(w.dtype, jnp.floating) else w, at, axis), params, specs, matrices)
+        weights = jax.tree.map(lambda w, at, rest, matrix: gathered(w.astype(dtype) if matrix and jnp.issubdtype(w.dtype, jnp.floating) else w, at, rest, axis), params, specs, inner, matrices)
         weights = jax.tree.map(lambda w: w.reshape(v, w.shape[0] // v, *w.shape[1:]), dealt(weights, axis, n, v) if v > 1 else weights)
         split = lambda y: y.reshape(y.shape[0] // M, M, *y.shape[1:]) if y.shape[0] == x.shape[0] else y[:, None]       # rows i M + m are microbatch m: a divided batch axis stays divided
         pick = lambda y, m: jax.lax.dynamic_index_in_dim(y, m if y.shape[1] > 1 else 0, 1, keepdims=False)
@@ -89,7 +96,7 @@ def run(stage: Stage, params: Any, labels: Any, x: jax.Array, shared: Any, layou
         start = jnp.zeros_like(parts[:, 0]), jnp.zeros_like(parts), jax.tree.map(lambda s: jnp.zeros((v, *s.shape), s.dtype), said)
         (_, done, sums), _ = jax.lax.scan(tick, start, jnp.arange(M * v + n - 1))
         sums = jax.tree.map(lambda s: (jax.lax.psum(s, rows) if rows else s).reshape(-1, *s.shape[2:]), sums)
-        return scattered(done.reshape(x.shape), axis), sums
+        return scattered(done.reshape(x.shape), axis, stream), sums
     out = jax.shard_map(local, in_specs=(specs, PartitionSpec(rows or None), batch), out_specs=(PartitionSpec((*rows, axis)), PartitionSpec(axis)), axis_names=manual, check_vma=False)
     y, sums = out(params, wide(x), shared)          # a stage's gradient of x is summed with the others' zeros
     order = np.argsort([(j * n + s) * (count // (n * v)) + i for s in range(n) for j in range(v) for i in range(count // (n * v))])
@@ -101,25 +108,35 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if platform() == "cpu" and x.dtype.itemsize < 4 else x
 
 
-def gathered(w: jax.Array, spec: PartitionSpec, stage: str) -> jax.Array:
-    """A stage's piece of a weight -> the whole of it, over every axis but the stage's; the gradient is summed once over all of them."""
+def gathered(w: jax.Array, spec: PartitionSpec, rest: PartitionSpec, stage: str) -> jax.Array:
+    """A stage's piece of a weight -> the whole of it, over every axis but the stage's; the gradient is summed once over all of them. rest: the automatic axes that divide it, and go on doing so."""
     for dim, entry in enumerate(spec):
         for a in reversed([a for a in mesh_axes(entry) if a != stage]):
-            w = gather(a, dim, w)
+            w = gather(a, dim, rest, w)
     return w
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def gather(axis: str, dim: int, w: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+def apart(function: Callable[[jax.Array], jax.Array], rest: PartitionSpec) -> Callable[[jax.Array], jax.Array]:
+    """A collective over manual axes on an array that automatic axes divide: each of their devices does its own. The partitioner would bring the array together over them first."""
+    axes = {a for entry in rest for a in mesh_axes(entry)}
+    return jax.shard_map(function, in_specs=rest, out_specs=rest, axis_names=axes, check_vma=False) if axes else function
 
 
-gather.defvjp(lambda axis, dim, w: (gather(axis, dim, w), None), lambda axis, dim, _, g: (jax.lax.psum_scatter(wide(g), axis, scatter_dimension=dim, tiled=True).astype(g.dtype),))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def gather(axis: str, dim: int, rest: PartitionSpec, w: jax.Array) -> jax.Array:
+    return apart(lambda w: jax.lax.all_gather(w, axis, axis=dim, tiled=True), rest)(w)
 
 
-def scattered(x: jax.Array, axis: str) -> jax.Array:
+def _gather_backward(axis: str, dim: int, rest: PartitionSpec, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (apart(lambda g: jax.lax.psum_scatter(wide(g), axis, scatter_dimension=dim, tiled=True).astype(g.dtype), rest)(g),)
+
+
+gather.defvjp(lambda axis, dim, rest, w: (gather(axis, dim, rest, w), None), _gather_backward)
+
+
+def scattered(x: jax.Array, axis: str, rest: PartitionSpec) -> jax.Array:
     """x [b, …], zero on all stages but one -> each stage its share of the rows [b / n, …]; rows that do not divide stay whole, summed."""
-    return jax.lax.psum_scatter(wide(x), axis, scatter_dimension=0, tiled=True).astype(x.dtype)
+    return apart(lambda x: jax.lax.psum_scatter(wide(x), axis, scatter_dimension=0, tiled=True).astype(x.dtype), rest)(x)
 
 
 @functools.cache
@@ -142,7 +159,9 @@ def dealt(weights: Any, axis: str, n: int, v: int) -> Any:
         chunks = w.reshape(v, w.shape[0] // v, *w.shape[1:])
         out = jnp.zeros_like(chunks)
         for sends in deal(n, v):
-            got = jax.lax.ppermute(chunks[jnp.array([i for i, _ in sends])[mine]], axis, [(s, d) for s, (_, d) in enumerate(sends)])
+            got = chunks[jnp.array([i for i, _ in sends])[mine]]
+            if any(s != d for s, (_, d) in enumerate(sends)):
+                got = jax.lax.ppermute(got, axis, [(s, d) for s, (_, d) in enumerate(sends)])
             place = {d: (s * v + i) // n for s, (i, d) in enumerate(sends)}
             out = out.at[jnp.array([place[d] for d in range(n)])[mine]].set(got)
         return out.reshape(w.shape)

@@ -175,7 +175,8 @@ class Stack(Model):
     def piped(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         """What `self.cycle` computes without a cache, over the stages of a pipeline."""
         c, asked = self.config, ["aux"] if self.is_mutable_collection("aux") else []
-        trip = rematerialised(Cycle, self.compute.remat, scanned=True)(c.cycle, c.norm, self.compute, self.layout, parent=None)
+        again = None if self.layout.ticks == "flat" else self.compute.remat
+        trip = rematerialised(Cycle, again, scanned=True)(c.cycle, c.norm, self.compute, self.layout, parent=None)
 
         def stage(weights, x, context):
             def one(x, w):

@@ -82,7 +82,7 @@ def run(config: RunConfig, where: Topology, dump: str | pathlib.Path | None = No
         if done.returncode or not (folder / "program.meta.json").exists():
             raise ConfigError(f"--compile: {reason(done.stderr, done.returncode)}")
         memory = json.loads((folder / "program.meta.json").read_text())
-        found = hlo.read((folder / "program.hlo").read_text())
+        found = hlo.read((folder / "program.hlo").read_text(), job.make(config, where).mesh.shape)
     get = lambda name: memory.get(f"{name}_size_in_bytes", 0)
     return {**found, "memory": memory, "hbm_bytes": get("argument") + get("temp") + get("output") - get("alias"), "peak_bytes": memory.get("peak_memory_in_bytes")}
 

@@ -2,7 +2,8 @@
 
 The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0); loops without one are counted once and named. Of a
 conditional the first branch counts (`lax.switch`'s 0, the false one of `lax.cond`). The
-pieces of one asynchronous collective stand in several fusions with the same channel: they count once in the computation around them. Estimated cycles stand on fusions, convolutions and
+pieces of one asynchronous collective stand in several fusions with the same channel: they count once in the computation around them. Collectives that a program asks for by itself share a
+channel, and count each. Estimated cycles stand on fusions, convolutions and
 copies alone: collectives and Pallas kernels carry none.
 """
 from __future__ import annotations
@@ -11,7 +12,10 @@ import dataclasses as dc
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -64,30 +68,67 @@ def nbytes(kind: str) -> float:
     return sum(BYTES.get(name, 1) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in ARRAY.findall(kind) if name in BYTES or name.startswith("f8"))
 
 
+def members(text: str) -> list[int]:
+    """The devices of one group of a collective, by their places in the mesh; of a permutation those of its first pair that moves. Empty where the line does not say."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return _numbers(found[1])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist()
+    if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?[^{]*\{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([\w.]+)'=(\d+)", found[1])}
+        taken = {axis: (int(before or 1), int(part or sizes[axis])) for axis, before, part in re.findall(r"'([\w.]+)'(?::\((\d+)\)(\d+))?", found[4])}       # a piece of an axis says what lies outside of it
+        split = [(before, part, size // before // part) for axis, size in sizes.items() for before, part in [taken.get(axis, (size, 1))]]
+        grid = (_iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))).reshape([n for three in split for n in three])
+        return grid[tuple(slice(None) if i % 3 == 1 else 0 for i in range(grid.ndim))].reshape(-1).tolist()
+    return next(([a, b] for a, b in pairs(text) if a != b), [])
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """Who sends to whom in a permutation."""
+    found = re.search(r"source_target_pairs=(\{[\d,{}]*\})", text)
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])] if found else []
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    shape = _numbers(dims)
+    found = np.arange(math.prod(shape)).reshape(shape)
+    return (found.transpose(_numbers(order)) if order else found).reshape(-1)
+
+
+def crossed(text: str, mesh: Mapping[str, int]) -> str:
+    """The axes of a mesh that a collective goes over, "data+fsdp"; "" where its line does not say."""
+    places = np.stack(np.unravel_index(np.array(members(text), int), tuple(mesh.values())), -1)
+    return "+".join(axis for axis, column in zip(mesh, places.T) if len(set(column.tolist())) > 1)
+
+
 def group(text: str) -> int:
     """How many devices take part in one group of a collective; 1 where the line does not say."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
-        return math.prod(int(part or sizes.get(axis, 1)) for axis, part in re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", found[2]))
-    return 1
+    return max(1, len(members(text)))
 
 
-def sent(kind: str, size: float, devices: int) -> float:
-    """Bytes one device sends for a collective over `size` bytes, around a ring."""
+def sent(kind: str, size: float, text: str) -> float:
+    """Bytes one device sends for a collective over `size` bytes, around a ring; in a permutation on the average, for some may keep what they have."""
     if kind == "collective-permute":
-        return size
+        moves = [a != b for a, b in pairs(text)]
+        return size * sum(moves) / len(moves) if moves else size
+    devices = group(text)
     return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
-def read(text: str) -> dict[str, Any]:
-    """-> {"collectives": {kind: {"count", "bytes", "sent_bytes"}}, "sent_bytes", "estimated_cycles", "kernels": {name: count}, "loops_counted_once": [names]}."""
+def read(text: str, mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """-> {"collectives": {kind: {"count", "bytes", "sent_bytes"}}, "sent_bytes", "estimated_cycles", "kernels": {name: count}, "loops_counted_once": [names]}; with the mesh's axes, outermost
+    first, "sent_over" as well: {"fsdp": bytes, "data+fsdp": …}."""
     known, entry = computations(text)
     collectives: dict[str, dict[str, float]] = {}
-    total, kernels, unknown = Counter[str](), Counter[str](), []
+    total, kernels, over, unknown = Counter[str](), Counter[str](), Counter[str](), []
+    kinds: dict[str, set[tuple[str, str]]] = {}                                # a channel that differing collectives name is that of all of a program's shard_maps, and no one's own
+    for x in (x for table in known.values() for x in table.values() if x.op.removesuffix("-start") in COLLECTIVES):
+        for channel in re.findall(r"channel_id=(\d+)", x.text):
+            kinds.setdefault(channel, set()).add((x.op, x.result))
 
     def trips(loop: Instruction) -> int:
         if found := re.search(r'known_trip_count\D+(\d+)', loop.text):
@@ -108,8 +149,10 @@ def read(text: str) -> dict[str, Any]:
             kind = "reduce-scatter"
         size = max(given, made)
         row = collectives.setdefault(kind, {"count": 0, "bytes": 0, "sent_bytes": 0})
-        for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, group(x.text)))):
+        for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, x.text))):
             row[key] += value * times
+        if mesh:
+            over[crossed(x.text, mesh)] += sent(kind, size, x.text) * times          # type: ignore[assignment]
 
     def walk(name: str, times: int, seen: set[str], around: str = "") -> None:
         table = known[name]
@@ -118,7 +161,7 @@ def read(text: str) -> dict[str, Any]:
                 total["cycles"] += int(found[1]) * times
             if x.op.removesuffix("-start") in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", x.text)
-                key = f"{x.op} {channel[1]}" if channel else f"{name}/{x.name}"
+                key = f"{x.op} {channel[1]}" if around and channel and len(kinds[channel[1]]) == 1 else f"{name}/{x.name}"
                 if key not in seen:
                     seen.add(key)
                     note(table, x, times, around)
@@ -138,4 +181,4 @@ def read(text: str) -> dict[str, Any]:
                 kernels[re.sub(r"[.\d]+$", "", x.name)] += times
     walk(entry, 1, set())
     return {"collectives": dict(sorted(collectives.items())), "sent_bytes": sum(c["sent_bytes"] for c in collectives.values()),
-            "estimated_cycles": total["cycles"], "kernels": dict(kernels), "loops_counted_once": unknown}
+            "estimated_cycles": total["cycles"], "kernels": dict(kernels), "loops_counted_once": unknown, **({"sent_over": dict(over)} if mesh else {})}

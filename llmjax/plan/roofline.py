@@ -26,23 +26,29 @@ def training_days(flops: float, topology: Topology, mfu: float) -> float:
 
 
 def executed(job: Job) -> float:
-    """FLOPs a token really costs: the model's, and the forward pass again where layers are recomputed ("dots" keeps products and recomputes the rest, attention's too)."""
+    """FLOPs a token really costs: the model's, and the forward pass again where layers are recomputed ("dots" keeps products and recomputes the rest, attention's too), once more where the
+    ticks of a pipeline are."""
     model, context = job.model, job.config.context
     whole = train.flops_per_token(model, context)
     mixing = whole - 6 * matmul_weights(model)
     head = 6 * job.config.model.vocab_size * job.config.model.dim
     again = {None: 0.0, "dots": mixing / 3}.get(job.config.compute.remat, (whole - head) / 3)
-    return whole + again
+    repeated = job.config.model.repeats * len(job.config.model.cycle) / len(job.config.model.layers)
+    ticks = (traffic.again(job) - traffic.recomputed(job.config.compute.remat)) * (whole - head) / 3 * repeated
+    return whole + again + ticks
 
 
 def hbm_bytes(job: Job, found: dict[str, float]) -> float:
-    """Bytes of HBM a step must move: gathered weights written once and read by each of the passes, the optimiser's own reads and writes, kept activations twice, and the layers' own
-    activations twice in each pass."""
+    """Bytes of HBM a step must move: gathered weights written once (in a pipeline once a tick) and read by each of the passes, the optimiser's own reads and writes, kept activations twice,
+    and the layers' own activations twice in each pass."""
     config = job.config
     item = jnp.dtype(config.compute.dtype).itemsize
-    passes = 2 if config.compute.remat is None else 3
-    gathered = memory.layer_weights(job) * max(1, config.model.repeats) / job.mesh.shape["stage"] * config.accumulate
-    working = (found["layer"] - 3 * memory.layer_weights(job)) * max(1, config.model.repeats) / job.mesh.shape["stage"] * config.accumulate
+    passes = 2 + traffic.again(job)
+    stages, layers = job.mesh.shape["stage"], max(1, config.model.repeats) * config.accumulate
+    ticks = layers / (1 - bubble(config.layout, stages))                       # a stage has fewer layers and as many more tokens; an idle tick moves as much as another
+    rounds = (config.layout.microbatches or stages) if stages > 1 else 1       # it takes its weights up again for each microbatch
+    gathered = memory.layer_weights(job) / stages * ticks * rounds
+    working = (found["layer"] - 3 * memory.layer_weights(job)) * ticks
     head = config.model.vocab_size / job.over("vocab") * config.model.dim * item * config.accumulate
     logits = job.rows * config.accumulate * config.context / job.over("length") * config.model.vocab_size / job.over("vocab") * (4 + item)
     return 2 * passes * gathered + 4 * head + 2 * logits + 2 * found["activations"] * config.accumulate + passes * working + 2 * (found["weights"] + found["optimizer"] + found["gradients"])

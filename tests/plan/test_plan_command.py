@@ -85,7 +85,7 @@ def test_traffic_of_the_other_axes():
     sent = traffic.per_axis(made)
     tokens = 64 // 32 * 2048
     assert sent["expert"] == pytest.approx(3 / 4 * tokens * 4096 * 2 * 32 * 2 * 2 * 3)
-    assert sent["tensor"] == pytest.approx(2 * 1 / 2 * tokens * 4096 * 2 * (2 * 32 * 3 + 2))
+    assert sent["tensor"] == pytest.approx(1 / 2 * tokens * 4096 * 2 * (32 * (4 + 3 + 4) + 4))         # forward, again but for the last sum, backward; embedding and head
     assert "data+fsdp+expert" in sent and "data+fsdp" in sent            # dense weights over all three, experts' over the rest
 
 

@@ -46,7 +46,7 @@ def case(kind):
 
 def on(kind, sizes, **compute):
     model, params, batch, _ = case(kind)
-    axes = {k: v for k, v in sizes.items() if k not in ("microbatches", "interleave")}
+    axes = {k: v for k, v in sizes.items() if k not in ("microbatches", "interleave", "ticks")}
     model = dc.replace(model, layout=Layout(**{"data": 1, **sizes}), compute=dc.replace(model.compute, **compute))
     return run(model, params, batch, 1, optax.sgd(1.0), mesh=make_mesh(**{"data": 1, **axes}))
 
@@ -95,6 +95,12 @@ def test_forms_of_a_divided_row(kind, form):
     same(on(kind, dict(sequence=4, data=2), sequence=form, remat="full"), case(kind)[3])
 
 
+@pytest.mark.parametrize("ticks", ["nested", "flat"])
+def test_ticks_made_again(ticks):
+    """Weights that fsdp and tensor divide, in chunks that change stages; what a tick keeps changes no number. 1e-5 is what is promised; `same` asks for less."""
+    same(on("dense", dict(stage=2, fsdp=2, tensor=2, interleave=2, ticks=ticks), remat="full"), case("dense")[3])
+
+
 @pytest.mark.parametrize("sizes", [dict(expert=4, data=2), dict(stage=2, expert=2, data=2), dict(expert=2, sequence=2, tensor=2)], ids=str)
 def test_tokens_sent_to_their_experts(sizes):
     """The exchange, with a gather in the place of the collective that a CPU lacks; and a capacity nobody reaches, which changes nothing."""
@@ -133,7 +139,8 @@ def test_bubbles_are_counted():
 
 def test_what_does_not_fit_says_so():
     for options, message in ((dict(interleave=2), "set layout.stage too"), (dict(stage=2, microbatches=0), "a whole number from 1"),
-                             (dict(stage=4, interleave=2, microbatches=6), "a multiple of layout.stage=4")):
+                             (dict(stage=4, ticks="flat"), "set layout.interleave too"), (dict(stage=4, interleave=2, ticks="once"), "'nested' or 'flat' is wanted"),
+                            (dict(stage=4, interleave=2, microbatches=6), "a multiple of layout.stage=4")):
         with pytest.raises(ConfigError, match=message):
             Layout(**options)
     with pytest.raises(ShardingError, match="dimension 0 .layer, length 4. does not divide over stage=8"):
