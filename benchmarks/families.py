@@ -48,7 +48,7 @@ def kind(name: str) -> str:
     """What a family's models are, and for encoders which heads are read."""
     from llmjax.checkpoint import PUBLISHED, to_model_config
     from llmjax.core.errors import CheckpointError
-    from llmjax.core.model_config import LanguageHead
+    from llmjax.core.model_config import LanguageHead, MaskedHead
     prefixes = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert", "electra": "Electra", "modernbert": "ModernBert", "deberta-v2": "DebertaV2"}
     if name == "deberta-v2-legacy":
         return "encoder: masked words, with the first release's head"
@@ -63,7 +63,7 @@ def kind(name: str) -> str:
         except CheckpointError:
             continue
         assert not isinstance(config.head, LanguageHead)
-        heads.append(what)
+        heads.append("next sentence" if isinstance(config.head, MaskedHead) and config.head.text else what)
     return f"encoder: {', '.join(heads)}"
 
 

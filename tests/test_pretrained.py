@@ -70,6 +70,8 @@ CASES = {
                           "floor_scale": 4, "attn_scale": 0.5}),
     "dbrx": ("Dbrx", dict(vocab_size=96, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, initializer_range=0.2, attn_config=dict(kv_n_heads=2, clip_qkv=0.5, rope_theta=1e4),
                           ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2))),
+    "dbrx+as they are": ("Dbrx", dict(vocab_size=96, d_model=32, n_heads=4, n_layers=1, max_seq_len=64, initializer_range=0.2, attn_config=dict(kv_n_heads=1, clip_qkv=0.5, rope_theta=1e4),
+                                      ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2, hidden_size=32, moe_normalize_expert_weights=None))),
     "falcon": ("Falcon", dict(vocab_size=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, alibi=True, parallel_attn=False, multi_query=False, bias=True,
                               initializer_range=0.2)),
     "bloom": ("Bloom", dict(vocab_size=96, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)),

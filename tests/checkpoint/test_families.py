@@ -108,6 +108,7 @@ CASES = {
     "mbart": dict(model_type="mbart", vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                   decoder_attention_heads=2, max_position_embeddings=64, normalize_before=True, add_final_layer_norm=True, scale_embedding=True, forced_eos_token_id=2),
 }
+CASES["dbrx+as they are"] = {**CASES["dbrx"], "ffn_config": {**CASES["dbrx"]["ffn_config"], "moe_normalize_expert_weights": None}}
 CASES["gemma3+both ways"] = {**CASES["gemma3"], "architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True}
 # Published counts: the models' cards, or the sum over the shapes in their safetensors indices; where these say less, what transformers makes of the published numbers.
 COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,

@@ -29,7 +29,8 @@ def read(f: Fields) -> ModelConfig:
     activation = (ffn.value("ffn_act_fn", None) or {}).get("name", "silu")
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"{ffn.where}: ffn_act_fn={activation!r} is an activation this version does not know")
-    experts = MixtureOfExperts(ffn.count("moe_num_experts", 4), ffn.count("moe_top_k", 1), ffn.count("ffn_hidden_size", 3584), ACTIVATIONS[activation])       # type: ignore[arg-type]
+    experts = MixtureOfExperts(ffn.count("moe_num_experts", 4), ffn.count("moe_top_k", 1), ffn.count("ffn_hidden_size", 3584), ACTIVATIONS[activation],       # type: ignore[arg-type]
+                               renormalize=ffn.value("moe_normalize_expert_weights", 1.0) is not None)
     attention.finish()
     ffn.finish()
     return base.model(f, "dbrx", [Layer(mixer, experts)] * f.count("n_layers"), dim=dim, norm=Norm("layer", 1e-5), tied=False, context=context)
@@ -41,7 +42,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return {**{k: shared[k] for k in kept}, **ropes, "d_model": config.dim, "n_heads": mixer.heads, "n_layers": len(config.layers), "max_seq_len": config.context,
             "attn_config": {"clip_qkv": mixer.clip, "kv_n_heads": mixer.kv_heads, "rope_theta": mixer.rope.theta},
             "ffn_config": {"ffn_act_fn": {"name": SPELLINGS[ffn.activation]}, "ffn_hidden_size": ffn.hidden, "moe_num_experts": ffn.experts, "moe_top_k": ffn.top_k,
-                           "moe_normalize_expert_weights": 1.0, "hidden_size": config.dim}}
+                           "moe_normalize_expert_weights": 1.0 if ffn.renormalize else None, "hidden_size": config.dim}}
 
 
 FAMILY = base.Family("dbrx", ("dbrx",), "DbrxForCausalLM", read, write, TABLE, MixtureOfExperts)
