@@ -76,7 +76,7 @@ def members(text: str) -> list[int]:
         return _iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist()
     if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?[^{]*\{([^}]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([\w.]+)'=(\d+)", found[1])}
-        taken = {axis: (int(before or 1), int(part or sizes[axis])) for axis, before, part in re.findall(r"'([\w.]+)'(?::\((\d+)\)(\d+))?", found[4])}       # a piece of an axis says what lies outside of it
+        taken = {axis: (int(before or 1), int(part or sizes[axis])) for axis, before, part in re.findall(r"'([\w.]+)'(?::\((\d+)\)(\d+))?", found[4])}      # "'a':(2)4": 4 of what is in 2
         split = [(before, part, size // before // part) for axis, size in sizes.items() for before, part in [taken.get(axis, (size, 1))]]
         grid = (_iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))).reshape([n for three in split for n in three])
         return grid[tuple(slice(None) if i % 3 == 1 else 0 for i in range(grid.ndim))].reshape(-1).tolist()
