@@ -29,7 +29,7 @@ from llmjax.models.norms import Normalize
 from llmjax.models.paged import InPages, write
 from llmjax.models.relative import disentangled
 
-SLOTS, FEW = 128, 16          # on a CPU so many queries at most look at as few slots as will do, at least at so many
+SLOTS, FEW = 128, 16          # on a CPU so many queries at most look at fewer slots than there are (over_used), at least at so many
 
 Kept = KeyValue | Pool | Sinks | Heavy | None
 

@@ -3,8 +3,7 @@
 The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0); loops without one are counted once and named. Of a
 conditional the first branch counts (`lax.switch`'s 0, the false one of `lax.cond`). The
 pieces of one asynchronous collective stand in several fusions with the same channel: they count once in the computation around them. Collectives that a program asks for by itself share a
-channel, and count each. Estimated cycles stand on fusions, convolutions and
-copies alone: collectives and Pallas kernels carry none.
+channel, and count each. Estimated cycles stand on fusions, convolutions and copies alone: collectives and Pallas kernels carry none.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a CPU a few queries look at no more of a contiguous cache than is used: the same logits, and what lies beyond is not even read."""
+"""On a CPU a few queries look at no more than a part of a contiguous cache that is mostly unused: the same logits, and what lies beyond is not even read."""
 import dataclasses as dc
 
 import jax
