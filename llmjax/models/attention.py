@@ -203,8 +203,7 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
         newest = context.reach(q.shape[1])
         assert newest is not None
         rule = kernels.Rule(chunk=spec.window) if spec.chunked else kernels.Rule(spec.window, globals=spec.globals)
-        attention = functools.partial(kernels.merged, kernels.paged) if seen.width is None and kernels.pays(q, seen.k) else kernels.paged
-        return attention(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
+        return kernels.paged(q, seen.k, seen.v, context.paging.table, newest, context.paging.used, rule=rule, softcap=spec.softcap, scale=scale, sinks=sinks, slopes=slopes, width=seen.width)
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)

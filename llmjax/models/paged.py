@@ -17,6 +17,7 @@ from jax.tree_util import register_dataclass
 
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_config import Attention, LatentAttention, ModelConfig
+from llmjax.core.platform import platform
 from llmjax.kernels.attention.stored import Stored, encode
 from llmjax.models.cache import Cache, KeyValue, Pool, State, empty_entry
 
@@ -81,7 +82,10 @@ def write(pool: Pool, k: jax.Array, v: jax.Array, index: jax.Array) -> Pool:
     def put(old, new):
         size = old.shape[0] * old.shape[1]
         rows = old.reshape(size, *old.shape[2:])
-        return rows.at[jnp.where(flat < 0, size, flat)].set(new.reshape(flat.shape[0], *new.shape[2:]), mode="drop").reshape(old.shape)
+        at, new = jnp.where(flat < 0, size, flat), new.reshape(flat.shape[0], *new.shape[2:])
+        if platform() == "cpu" and flat.shape[0] == 1:     # of a single token XLA makes an update of a slice, and works it out, with a copy of the pool, once for every reader
+            at, new = jnp.pad(at, (0, 1), constant_values=size), jnp.pad(new, [(0, 1 if axis == 0 else 0) for axis in range(new.ndim)])
+        return rows.at[at].set(new, mode="drop").reshape(old.shape)
     return Pool(*(jax.tree.map(put, old, encode(old, new)) for old, new in ((pool.k, k), (pool.v, v))))
 
 

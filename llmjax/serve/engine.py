@@ -279,6 +279,9 @@ class Engine:
         log.debug("compiled %s in %.1f s", shape, self.beat - began)
 
     def learn(self, shape: Shape) -> None:
+        """Runs a form that is compiled on idle rows, for its first call takes longer (half a second was measured on a CPU), and lets the schedule use it."""
+        self.memory, drawn = self.programs[shape](self.params, self.memory, self.idle(shape))
+        jax.block_until_ready(drawn)
         self.known.append(shape)
         self.schedule.learn(shape)
 

@@ -1,5 +1,6 @@
 """All kv heads as one against `reference` and `paged` with the heads apart."""
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from llmjax.kernels.attention import blockwise, merged, paged, pays, reference
+from llmjax.models.cache import Pool
+from llmjax.models.paged import write
 
 SETTINGS = dict(plain={}, window=dict(window=5), capped=dict(softcap=3.0), sinks=dict(sinks=True), slopes=dict(slopes=True))
 
@@ -32,12 +35,16 @@ def test_equals_reference(queries, heads, kv_heads, knobs):
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_equals_paged(queries):
+def test_pages_joined_equal_pages_apart(queries, monkeypatch):
     q, k, v = arrays(5, queries, 6, 3, keys=4)
     table = jnp.asarray([[1, 3, 0], [4, 2, 0]], jnp.int32)
     positions, used = jnp.asarray([[5, 6, 7], [2, 3, 4]], jnp.int32)[:, :queries], jnp.asarray([[True] * 3, [True, True, False]])[:, :queries]
     attention = functools.partial(paged, softcap=None, scale=0.4)
-    np.testing.assert_allclose(merged(attention, q[:2], k, v, table, positions, used), attention(q[:2], k, v, table, positions, used), rtol=1e-5, atol=1e-5)
+    joined = attention(q[:2], k, v, table, positions, used)
+    monkeypatch.setattr(sys.modules[paged.__module__], "pays", lambda *_: False)
+    apart = attention(q[:2], k, v, table, positions, used)
+    assert np.any(joined != apart)              # another order of sums: both ways were taken
+    np.testing.assert_allclose(joined, apart, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_are_read_as_they_lie():
@@ -55,3 +62,18 @@ def test_pays_for_few_queries_of_several_heads():
     q, k, _ = arrays(1, 1, 6, 3)
     assert pays(q, k)
     assert not pays(q, k[:, :, :1]) and not pays(jnp.concatenate([q] * 11, 1), k) and not pays(q, {"q": k})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_does_not_copy_its_pages(rows):
+    """Nothing the size of the pool is made beside it, whatever joins the heads."""
+    pool = Pool(jnp.zeros((512, 16, 3, 8)), jnp.zeros((512, 16, 3, 8)))
+    at, table = jnp.arange(rows), jnp.zeros((rows, 4), jnp.int32)
+
+    def step(pool, new, q, at, table):
+        pool = write(pool, new, new, at[:, None])
+        return pool, paged(q, pool.k, pool.v, table, at[:, None], at[:, None] >= 0, softcap=None, scale=0.4)
+    q = jnp.zeros((rows, 1, 6, 8))
+    program = jax.jit(step, donate_argnums=0).lower(pool, jnp.zeros((rows, 1, 3, 8)), q, at, table).compile()
+    assert pays(q, pool.k)
+    assert program.memory_analysis().temp_size_in_bytes < pool.k.nbytes / 2

@@ -17,11 +17,23 @@ def pays(q: jax.Array, k: Any) -> bool:
     return platform() == "cpu" and not partitioned() and isinstance(k, jax.Array) and k.shape[2] > 1 and q.shape[1] * q.shape[2] <= MOST
 
 
-def merged(attention: Callable[..., jax.Array], q: jax.Array, k: Any, v: Any, *where: Any, **settings: Any) -> jax.Array:
-    """attention(q, k, v, *where, **settings) with all kv heads as one. q [B, T, N, H], k [B or P, S, K, H], v [B or P, S, K, Hv] -> [B, T, N, Hv]; equal but for the order of sums."""
+def widened(q: jax.Array, kv_heads: int) -> jax.Array:
+    """q [B, T, N, H] -> [B, T, N, K·H]: each query at its own kv head's place, zeros elsewhere."""
     B, T, N, H = q.shape
-    K, Hv = v.shape[2:]
-    own = jnp.eye(K, dtype=bool)[:, None, :, None]                                         # [K, 1, K, 1]
-    wide = jnp.where(own, q.reshape(B, T, K, N // K, 1, H), 0).reshape(B, T, N, K * H)
-    out = attention(wide, k.reshape(*k.shape[:2], 1, K * H), v.reshape(*v.shape[:2], 1, K * Hv), *where, **settings)
-    return jnp.where(own, out.reshape(B, T, K, N // K, K, Hv), 0).sum(4).reshape(B, T, N, Hv)
+    return jnp.where(own(kv_heads), q.reshape(B, T, kv_heads, N // kv_heads, 1, H), 0).reshape(B, T, N, -1)
+
+
+def narrowed(out: jax.Array, kv_heads: int) -> jax.Array:
+    """out [B, T, N, K·Hv] -> [B, T, N, Hv]: of each query's values those of its own kv head."""
+    B, T, N, _ = out.shape
+    return jnp.where(own(kv_heads), out.reshape(B, T, kv_heads, N // kv_heads, kv_heads, -1), 0).sum(4).reshape(B, T, N, -1)
+
+
+def own(kv_heads: int) -> jax.Array:
+    return jnp.eye(kv_heads, dtype=bool)[:, None, :, None]                                 # [K, 1, K, 1]
+
+
+def merged(attention: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *where: Any, **settings: Any) -> jax.Array:
+    """attention(q, k, v, *where, **settings) with all kv heads as one. q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] -> [B, T, N, Hv]; equal but for the order of sums."""
+    K = k.shape[2]
+    return narrowed(attention(widened(q, K), *(x.reshape(*x.shape[:2], 1, -1) for x in (k, v)), *where, **settings), K)

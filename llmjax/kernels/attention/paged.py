@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llmjax.core.contract import accumulate
 from llmjax.core.platform import platform
+from llmjax.kernels.attention.merged import narrowed, pays, widened
 from llmjax.kernels.attention.scores import gather, spread
 from llmjax.kernels.attention.stored import decode
 
@@ -48,12 +49,15 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     see `reference`.
     -> [B, T, N, Hv] in `q.dtype`; scores and sums are float32, probabilities enter their product in `q.dtype`.
     """
-    (B, T, N, H), (P, page, K), W = q.shape, k.shape[:3], table.shape[1]
+    (B, T, N, _), (P, page, heads), W = q.shape, k.shape[:3], table.shape[1]
+    K = 1 if width is None and pays(q, k) else heads         # all kv heads as one; the pages are joined once they are collected, for XLA would copy a pool of another shape into the loop
+    if K < heads:
+        q = widened(q, heads)
     most, scores = TPU if platform() == "tpu" else (BLOCK, SCORES)
     count = max(1, min(max(1, min(block or most, scores // (B * N * T))) // page, W))      # pages a turn
     table = jnp.clip(jnp.pad(table, [(0, 0), (0, -W % count)]), 0, P - 1)
     newest = jnp.max(jnp.where(used, positions, -1), 1)                                    # [B]
-    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)                       # [B, K, G, T, H]; gathered, G and T are one axis
+    grouped = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)                      # [B, K, G, T, H]; gathered, G and T are one axis
     sinks, slopes = (None if x is None else x.astype(jnp.float32).reshape(1, K, N // K, 1, 1) for x in (sinks, slopes))
     seen = jnp.where(used, positions, -1)
 
@@ -78,10 +82,11 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     norm = jnp.zeros_like(top) if sinks is None else jnp.ones_like(top)
     stop = jnp.max(newest) // (count * page) + 1
     first = 0 if rule.window is None or rule.globals is not None else jnp.maximum(jnp.min(jnp.where(used, positions, jnp.iinfo(jnp.int32).max)) - rule.window + 1, 0) // (count * page)
-    Hv = v.shape[-1] if width is None else width
+    Hv = v.shape[-1] * heads // K if width is None else width
     _, norm, total = jax.lax.fori_loop(first, stop, step, (top, norm, jnp.zeros((B, K, N // K, T, Hv), jnp.float32)))
     out = (total / jnp.where(norm == 0, 1.0, norm)).astype(q.dtype) * used[:, None, None, :, None].astype(q.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)
+    return narrowed(out, heads) if K < heads else out
 
 
 def heads_first(x: jax.Array) -> jax.Array:
