@@ -107,9 +107,10 @@ class Fields:
         self.asked.update(names)
 
     def fixed(self, **only: Any) -> None:
-        """Fields of which this family knows one value. Raises CheckpointError where another is given."""
+        """Fields of which this family knows one value; null is what is off. Raises CheckpointError where another is given."""
         for name, value in only.items():
-            if self.value(name, value) not in (None, value):
+            given = self.value(name, value)
+            if given != value and (given is not None or value):
                 raise CheckpointError(f"{self.where}: {name}={self.values[name]!r}: this family is read with {name}={value!r} alone")
 
     def finish(self, harmless: Iterable[str] = HARMLESS) -> None:

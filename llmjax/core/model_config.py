@@ -163,6 +163,13 @@ Wiring = Literal["pre", "post", "sandwich", "sandwich_open", "parallel", "parall
 
 
 @dc.dataclass(frozen=True)
+class Convolution:
+    """Over `width` tokens of a layer's input, the middle one its own, then an activation; added to what the layer answers, with a norm on the sum (DeBERTa-v2's first layer)."""
+    width: int
+    activation: Activation
+
+
+@dc.dataclass(frozen=True)
 class Layer:
     mixer: Mixer
     ffn: FeedForward
@@ -170,6 +177,7 @@ class Layer:
     residual_scale: float = 1.0
     cross: Attention | None = None     # attention to an encoder's output, between mixer and feed-forward, with a norm of its own
     output_scale: bool = False         # a learned number times all that the layer answers
+    convolution: Convolution | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -325,6 +333,10 @@ def check_layer(layer: Layer, where: str) -> None:
         check_attention(mixer, where)
     if layer.cross:
         check_cross(layer.cross, where)
+    if layer.convolution and (layer.convolution.width < 1 or layer.convolution.width % 2 == 0):
+        raise ConfigError(f"{where}: a convolution over {layer.convolution.width} tokens has no middle; give an odd width")
+    if layer.convolution and (not isinstance(mixer, Attention) or mixer.causal):
+        raise ConfigError(f"{where}: the convolution beside a layer sees the next tokens; it goes with attention that is not causal")
     if isinstance(layer.ffn, MixtureOfExperts):
         check_experts(layer.ffn, where)
 

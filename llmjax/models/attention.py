@@ -125,8 +125,12 @@ class MultiHeadAttention(Module):
             return distances.bias
         assert distances.rows is not None
         rows = distances.rows[None].astype(q.dtype)                                      # [1, P, D]
-        pq, pk = (None if not wanted else self.projected(rows, name if spec.shared else f"position_{name}")[0][0]
-                  for name, wanted in (("q", spec.position_to_content), ("k", spec.content_to_position)))
+        wanted = {"q": spec.position_to_content, "k": spec.content_to_position}
+        if spec.shared:                                      # the layer's own projections, as they lie: they may be joined, that of values with them
+            made = dict(zip("qkv", self.projected(rows, "q", "k", "v")))
+        else:
+            made = {name: self.projected(rows, f"position_{name}")[0] for name in wanted if wanted[name]}
+        pq, pk = (made[name][0] if wanted[name] else None for name in wanted)
         return disentangled(q, k, pq, pk, distances, self.scale())
 
     def scale(self) -> float:

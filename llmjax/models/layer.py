@@ -15,6 +15,7 @@ from llmjax.core.model_config import Attention, GatedDelta, LatentAttention, Lay
 from llmjax.models.attention import CrossAttention, MultiHeadAttention
 from llmjax.models.cache import Entry, WithSource
 from llmjax.models.context import Context, Seen
+from llmjax.models.convolution import CentredConvolution
 from llmjax.models.feed_forward import MultiLayerPerceptron, gate
 from llmjax.models.gated_delta import GatedDeltaNet
 from llmjax.models.latent_attention import MultiHeadLatentAttention
@@ -140,7 +141,10 @@ class Block(Module):
         def norm(name):
             return Normalize(self.norm, self.compute, name=name)
         within = whole_within if divided(x.shape[1], self.layout) else lambda sub, layout: sub
+        entering = x
         x = WIRINGS[layer.wiring](x, within(mix, self.layout), within(feed, self.layout), norm, layer.residual_scale, **({"cross": within(cross, self.layout)} if layer.cross else {}))
+        if layer.convolution:
+            x = norm("norm_convolution_out")(x + CentredConvolution(layer.convolution, self.compute, name="convolution")(entering, context.segments))
         if inputs is not None:
             x = x + norm("norm_input_out")(self.own_input(x, inputs))
         if layer.output_scale:

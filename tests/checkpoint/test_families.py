@@ -99,6 +99,8 @@ CASES = {
     "deberta-v2": dict(BERT, model_type="deberta-v2", architectures=["DebertaV2ForMaskedLM"], legacy=False, type_vocab_size=0, relative_attention=True, pos_att_type="p2c|c2p", position_buckets=8,
                        norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False, max_relative_positions=-1),
     "deberta-v2-legacy": dict(BERT, model_type="deberta-v2", architectures=["DebertaV2ForMaskedLM"], relative_attention=True, pos_att_type=["c2p"], max_relative_positions=16),
+    "deberta-v2+convolution": dict(BERT, model_type="deberta-v2", architectures=["DebertaV2Model"], type_vocab_size=0, relative_attention=True, pos_att_type="p2c|c2p", conv_kernel_size=3,
+                                   num_hidden_layers=1),
     "t5": dict(model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=3, num_decoder_layers=2, num_heads=4, dropout_rate=0.1,
                feed_forward_proj="gated-gelu", tie_word_embeddings=False, n_positions=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8),
     "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
@@ -129,7 +131,7 @@ COUNTS = {"gpt-2": 124_439_808, "smollm2-135m": 134_515_008, "llama-2-7b": 6_738
           "llama-2-13b": 13_015_864_320,
           # of the class that `architectures` names; flan-t5's head is a matrix of its own, BART's count includes the 50,265 numbers of final_logits_bias, a buffer of its checkpoints
           "bert-base": 109_482_240, "bert-large": 335_141_888, "all-minilm-l6-v2": 22_713_216, "roberta-base": 124_697_433, "xlm-roberta-base": 278_043_648, "distilbert-base": 66_362_880,
-          "electra-small-generator": 13_546_682, "modernbert-base": 149_655_232, "deberta-v3-base": 183_831_552, "t5-small": 60_506_624, "t5-base": 222_903_552,
+          "electra-small-generator": 13_546_682, "modernbert-base": 149_655_232, "deberta-v3-base": 183_831_552, "deberta-v2-xlarge": 884_593_152, "t5-small": 60_506_624, "t5-base": 222_903_552,
           "flan-t5-base": 247_577_856, "bart-base": 139_420_416 + 50_265}
 
 
@@ -221,7 +223,9 @@ def test_windows_and_scales_are_data():
     ("gemma3+both ways", {"architectures": ["Gemma3ForCausalLM"]}, "the architecture 'Gemma3ForCausalLM' is not read; of this family are Gemma3TextModel"),
     ("bert", {"architectures": ["BertForMultipleChoice"]}, "the architecture 'BertForMultipleChoice' is not read; of this family are BertModel, BertForMaskedLM"),
     ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
-    ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type=['p2p']"), ("deberta-v2", {"conv_kernel_size": 3}, "conv_kernel_size=3"),
+    ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type=['p2p']"),
+    ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 2}, "conv_groups=2"), ("deberta-v2", {"conv_kernel_size": 4}, "a convolution over 4 tokens"),
+    ("deberta-v2", {"tie_word_embeddings": None}, "tie_word_embeddings=None"), ("deberta-v2", {"attention_head_size": 5}, "attention_head_size=5"),
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling='max'"), ("t5", {"feed_forward_proj": "gated-sillu"}, "feed_forward_proj='gated-sillu'"),
     ("t5", {"architectures": ["T5ForTokenClassification"]}, "'T5ForTokenClassification' is not read"), ("bart", {"normalize_before": True}, "normalize_before=True"),
 ])

@@ -35,6 +35,7 @@ HEADS = {                      # class, config class, fields
                                       "use_bidirectional_attention": True}),
     "mean": ("ModernBertForSequenceClassification", {**BERT, "classifier_pooling": "mean", "local_attention": 6}),
     "distances": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pooler_hidden_act": "tanh"}), "apart": ("DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": False, "type_vocab_size": 2}),
+    "convolution": ("DebertaV2ForMaskedLM", {**DEBERTA, "conv_kernel_size": 5, "conv_act": "gelu", "attention_head_size": 8}),
     "plain distances": ("DebertaV2Model", {**DEBERTA, "position_buckets": -1, "pos_att_type": ["c2p"], "norm_rel_ebd": "none", "position_biased_input": False}),
 }
 LENGTHS = (40, 23)             # longer than every window and exact distance above
@@ -113,7 +114,7 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ["masked", "windows", "apart"])
+@pytest.mark.parametrize("name", ["masked", "windows", "apart", "convolution"])
 def test_packed_is_separate_and_layers_apart_agree(made, name):
     _, model, params = made(name)
     tokens = jnp.asarray(batch()[0][:1])
@@ -128,7 +129,7 @@ def test_packed_is_separate_and_layers_apart_agree(made, name):
     assert far(slow.apply({"params": params}, tokens, positions, segments)[0], np.asarray(packed)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["masked", "windows", "distances", "apart"])
+@pytest.mark.parametrize("name", ["masked", "windows", "distances", "apart", "convolution"])
 def test_gradients(made, name):
     """Of a weighted sum of the answer, for every tensor of the checkpoint. Float32 on both sides; 1e-4 of a tensor's largest gradient leaves room for the order of sums."""
     reference, model, params = made(name)
@@ -170,6 +171,7 @@ def with_relative(layer: Layer, **changes):
     ("windows", lambda c: change_layers(c, lambda x: with_mixer(x, rope=dc.replace(x.mixer.rope, theta=2 * x.mixer.rope.theta)))),
     ("distances", lambda c: change_layers(c, lambda x: with_relative(x, logarithmic=False))), ("distances", lambda c: change_layers(c, lambda x: with_relative(x, position_to_content=False))),
     ("distances", lambda c: change_layers(c, lambda x: with_relative(x, max_distance=17))),
+    ("convolution", lambda c: change_layers(c, lambda x: dc.replace(x, convolution=x.convolution and dc.replace(x.convolution, activation="relu")))),
 ])
 def test_mutations_are_caught(made, name, change):
     _, model, params = made(name)

@@ -23,14 +23,16 @@ def read(f: Fields) -> ModelConfig:
     f.ignore("resid_pdrop", "emb_pdrop", "num_key_value_heads")                          # training; stands in attn_config
     attention.ignore("attn_pdrop")
     ffn.ignore("moe_jitter_eps", "moe_loss_weight", "uniform_expert_assignment", "hidden_size")          # training; repeats d_model
-    ffn.fixed(moe_normalize_expert_weights=1.0)
+    normed = ffn.value("moe_normalize_expert_weights", 1.0) is not None
+    if normed:
+        ffn.fixed(moe_normalize_expert_weights=1.0)
     size, clip, theta = base.head_dim(f, dim, heads), attention.number("clip_qkv", None), attention.number("rope_theta", 10_000.0)
     mixer = Attention(heads, attention.count("kv_n_heads", 1), size, read_rope(f, float(theta), context), clip=clip and float(clip))
     activation = (ffn.value("ffn_act_fn", None) or {}).get("name", "silu")
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"{ffn.where}: ffn_act_fn={activation!r} is an activation this version does not know")
     experts = MixtureOfExperts(ffn.count("moe_num_experts", 4), ffn.count("moe_top_k", 1), ffn.count("ffn_hidden_size", 3584), ACTIVATIONS[activation],       # type: ignore[arg-type]
-                               renormalize=ffn.value("moe_normalize_expert_weights", 1.0) is not None)
+                               renormalize=normed)
     attention.finish()
     ffn.finish()
     return base.model(f, "dbrx", [Layer(mixer, experts)] * f.count("n_layers"), dim=dim, norm=Norm("layer", 1e-5), tied=False, context=context)

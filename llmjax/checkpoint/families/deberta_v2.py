@@ -6,13 +6,14 @@ from llmjax.checkpoint.families import base, encoders
 from llmjax.checkpoint.fields import SPELLINGS, Fields
 from llmjax.checkpoint.table import Row, Table
 from llmjax.core.errors import CheckpointError
-from llmjax.core.model_config import Activation, Attention, ClassifierHead, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform
+from llmjax.core.model_config import Activation, Attention, ClassifierHead, Convolution, Layer, MaskedHead, ModelConfig, NoHead, SpanHead, TokenHead, Transform, find_cycle
 from llmjax.core.positions import Disentangled
 
 L, R = "deberta.encoder.layer.{l}.attention.self.", "deberta.encoder."
 SCORES = (*encoders.dense("pooler.dense", "classifier/dense"), *encoders.dense("classifier", "classifier/out"), *encoders.SCORES)
 BODY = (*encoders.bert_rows("deberta.", ("query_proj", "key_proj", "value_proj")), Row(R + "rel_embeddings.weight", "relative/table"),
         *encoders.norm(R + "LayerNorm", "relative_norm"),
+        *encoders.dense(R + "conv.conv", "prefix_0/convolution/kernel", "o i w -> w i o"), *encoders.norm(R + "conv.LayerNorm", "prefix_0/norm_convolution_out"),
         *(row for theirs, ours in (("pos_key_proj", "k"), ("pos_query_proj", "q")) for row in encoders.dense(L + theirs, f"mixer/position_{ours}", "(n h) d -> d n h", "(n h) -> n h")))
 MORE: dict[str, Any] = dict(base="deberta.", extras=(r"mask_predictions\..*", r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"))
 TABLE = Table((*BODY, *SCORES, *encoders.dense("lm_predictions.lm_head.dense", "masked/dense"), *encoders.norm("lm_predictions.lm_head.LayerNorm", "masked/norm"),
@@ -45,7 +46,7 @@ def read_relative(f: Fields, rows: int) -> Disentangled | None:
 def read(f: Fields) -> ModelConfig:
     # pooler_hidden_size repeats hidden_size in every release; legacy is about names alone
     f.ignore("pooler_dropout", "pooler_hidden_size", "classifier_dropout", "cls_dropout")
-    f.fixed(conv_kernel_size=0, tie_word_embeddings=True, embedding_size=f.count("hidden_size"), z_steps=0)
+    f.fixed(conv_groups=1, tie_word_embeddings=True, embedding_size=f.count("hidden_size"), z_steps=0, attention_head_size=f.count("hidden_size") // f.count("num_attention_heads"))
     rows = f.count("max_position_embeddings", 512)
     head = encoders.read_head(f, heads(f.activation("hidden_act", "gelu"), f.activation("pooler_hidden_act", "gelu"), encoders.read_labels(f)))
     legacy = f.flag("legacy", True) and isinstance(head, MaskedHead)
@@ -55,7 +56,16 @@ def read(f: Fields) -> ModelConfig:
 
     def layers(xs: tuple[Layer, ...]) -> tuple[Layer, ...]:
         return tuple(replace(x, mixer=replace(cast(Attention, x.mixer), relative=relative)) for x in xs)
-    return replace(config, prefix=layers(config.prefix), cycle=layers(config.cycle), suffix=layers(config.suffix), learned_positions=learned)
+    config = replace(config, prefix=layers(config.prefix), cycle=layers(config.cycle), suffix=layers(config.suffix), learned_positions=learned)
+    width, activation = f.value("conv_kernel_size", 0), f.activation("conv_act", "tanh")
+    return convolved(config, Convolution(width, activation)) if width else config
+
+
+def convolved(config: ModelConfig, convolution: Convolution) -> ModelConfig:
+    """The model with a convolution beside its first layer, which then stands apart."""
+    first, *others = config.layers
+    found = find_cycle(tuple(others))
+    return replace(config, **{**found, "prefix": (replace(first, convolution=convolution), *found["prefix"])})
 
 
 def write(config: ModelConfig) -> dict:
@@ -64,6 +74,8 @@ def write(config: ModelConfig) -> dict:
     pooled = head.transform.activation if isinstance(head, ClassifierHead) else "gelu"
     out = {**encoders.write_bert(config), "max_position_embeddings": config.context, "position_biased_input": config.learned_positions is not None, "legacy": config.family == LEGACY,
            "pooler_hidden_act": SPELLINGS[pooled], "relative_attention": relative is not None, **encoders.write_head(config, lambda labels: heads(first.ffn.activation, pooled, labels))}
+    if first.convolution:
+        out |= {"conv_kernel_size": first.convolution.width, "conv_act": SPELLINGS[first.convolution.activation]}
     if relative:
         kinds = [name for name, there in (("p2c", relative.position_to_content), ("c2p", relative.content_to_position)) if there]
         out |= {"pos_att_type": kinds, "position_buckets": relative.span if relative.logarithmic else -1, "max_relative_positions": relative.max_distance, "share_att_key": relative.shared,

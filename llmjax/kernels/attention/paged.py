@@ -51,7 +51,7 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     """
     (B, T, N, _), (P, page, heads), W = q.shape, k.shape[:3], table.shape[1]
     K = 1 if width is None and pays(q, k) else heads         # all kv heads as one; the pages are joined once they are collected, for XLA would copy a pool of another shape into the loop
-    if K < heads:
+    if heads > K:
         q = widened(q, heads)
     most, scores = TPU if platform() == "tpu" else (BLOCK, SCORES)
     count = max(1, min(max(1, min(block or most, scores // (B * N * T))) // page, W))      # pages a turn
@@ -86,7 +86,7 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     _, norm, total = jax.lax.fori_loop(first, stop, step, (top, norm, jnp.zeros((B, K, N // K, T, Hv), jnp.float32)))
     out = (total / jnp.where(norm == 0, 1.0, norm)).astype(q.dtype) * used[:, None, None, :, None].astype(q.dtype)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)
-    return narrowed(out, heads) if K < heads else out
+    return narrowed(out, heads) if heads > K else out
 
 
 def heads_first(x: jax.Array) -> jax.Array:
