@@ -206,10 +206,14 @@ def microbatches(layout: Layout) -> int:
     return layout.microbatches or free_axes("layer", layout.rules)[2]
 
 
+def ticks(layout: Layout, stages: int) -> int:
+    """How often a pipeline hands on."""
+    return (layout.microbatches or stages) * layout.interleave + stages - 1
+
+
 def bubble(layout: Layout, stages: int) -> float:
     """The share of a pipeline's ticks in which a stage waits."""
-    work = (layout.microbatches or stages) * layout.interleave
-    return (stages - 1) / (work + stages - 1)
+    return (stages - 1) / ticks(layout, stages)
 
 
 def free_axes(name: str, rules: Rules = RULES) -> tuple[Any, tuple[str, ...], int]:

@@ -1,6 +1,7 @@
 """What a compiled TPU program says about itself, read from its text: collectives with their bytes, and the compiler's estimate of cycles, each as often as its loop runs.
 
-The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0); loops without one are counted once and named. Of a
+The text is HLO after scheduling, for one device. A loop's trips are the constant its condition compares with (`lax.scan` counts from 0) over what its body adds to the counter, 1 where
+that cannot be seen (the loops that XLA makes of a product and its collective go two by two); loops without a constant are counted once and named. Of a
 conditional the first branch counts (`lax.switch`'s 0, the false one of `lax.cond`). The
 pieces of one asynchronous collective stand in several fusions with the same channel: they count once in the computation around them. Collectives that a program asks for by itself share a
 channel, and count each. Estimated cycles stand on fusions, convolutions and copies alone: collectives and Pallas kernels carry none.
@@ -118,6 +119,19 @@ def sent(kind: str, size: float, text: str) -> float:
     return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
+def stride(body: Mapping[str, Instruction], condition: Mapping[str, Instruction], compared: list[str]) -> int:
+    """What one trip adds to the counter that the condition compares; 1 where the text does not show it."""
+    places = [found[1] for name in compared if name in condition and (found := re.search(r"\bindex=(\d+)", condition[name].text)) and condition[name].op == "get-tuple-element"]
+    made = next((x.operands for x in body.values() if x.root and x.op == "tuple"), [])
+    if len(places) != 1 or int(places[0]) >= len(made):
+        return 1
+    counted = body.get(made[int(places[0])])
+    while counted and counted.op in ("copy", "bitcast") and counted.operands:
+        counted = body.get(counted.operands[0])
+    added = [re.search(r"constant\((\d+)\)", body[name].text) for name in counted.operands if name in body and body[name].op == "constant"] if counted and counted.op == "add" else []
+    return max(1, int(added[0][1])) if len(added) == 1 and added[0] else 1
+
+
 def read(text: str, mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
     """-> {"collectives": {kind: {"count", "bytes", "sent_bytes"}}, "sent_bytes", "estimated_cycles", "kernels": {name: count}, "loops_counted_once": [names]}; with the mesh's axes, outermost
     first, "sent_over" as well: {"fsdp": bytes, "data+fsdp": …}."""
@@ -138,7 +152,7 @@ def read(text: str, mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
         if not bounds or not bounds[0]:
             unknown.append(loop.name)
             return 1
-        return int(bounds[0][1])
+        return -(-int(bounds[0][1]) // stride(known[loop.named("body") or ""], condition, test.operands))         # type: ignore[union-attr]
 
     def note(table: dict[str, Instruction], x: Instruction, times: int, around: str) -> None:
         kind = x.op.removesuffix("-start")

@@ -1,8 +1,8 @@
 """Bytes a device holds at a train step's worst moment, by kind, from labels, rules and shapes alone.
 
 What lies still (weights, optimiser, gradients, batch) is read off the shardings. What the backward pass keeps is read off the gradient's own program: the arrays that `jax.vjp` of one
-device's share of the model hands from the forward to the backward pass, whatever the remat policy. What moves is the larger of two moments: the loss over one chunk of logits, and one
-layer's backward pass. Compilers pad, fuse and overlap: `llmjax plan --compile` says how far off this is.
+device's share of the model hands from the forward to the backward pass, whatever the remat policy. What moves is the largest of the moments there are: the loss over one chunk of logits,
+one layer's backward pass, one tick's of a pipeline. Compilers pad, fuse and overlap: `llmjax plan --compile` says how far off this is.
 """
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llmjax import models
 from llmjax.core import Compute, MixtureOfExperts, ModelConfig
-from llmjax.core.mesh import MESH_AXES
+from llmjax.core.mesh import MESH_AXES, ticks
 from llmjax.core.tree import flatten
 from llmjax.kernels.cross_entropy import CHUNK
 from llmjax.plan.figures import cache_bytes
 from llmjax.plan.job import Job
 from llmjax.train.state import HOST
 
-KINDS = ("weights", "optimizer", "gradients", "batch", "activations", "layer", "logits")
+KINDS = ("weights", "optimizer", "gradients", "batch", "activations", "stage", "layer", "logits", "tick")
 
 
 def held(tree: Any, host: bool = False) -> int:
@@ -106,14 +106,42 @@ def layer_weights(job: Job) -> int:
     return total * jnp.dtype(job.config.compute.dtype).itemsize
 
 
+def piped(job: Job, share: ModelConfig, length: int, platform: str) -> dict[str, float]:
+    """What a pipeline holds: of GPipe every tick keeps its layers' inputs, an interleaved one its chunk's input alone; a stage's weights are whole over fsdp from the first tick to the last
+    of the backward pass, in the computing dtype. -> "activations" and "host" of all layers, "stage": those weights, "tick": their gradients, those of what goes in and comes out, and one tick's
+    backward pass."""
+    compute, layout, (n, v) = job.config.compute, job.config.layout, (job.mesh.shape["stage"], job.config.layout.interleave)
+    divided, rows = job.over("residual") // job.over("length"), job.rows * n
+    a_time, chunk = rows / (layout.microbatches or n), share.repeats / (n * v)
+
+    def trips(count: int, compute: Compute) -> tuple[int, int]:
+        kept, _, host = residuals(dc.replace(share, repeats=count), compute, 1, length, platform, divided)
+        return kept, host
+    (one, one_host), (two, two_host) = trips(1, compute), trips(2, compute)
+    bare = dc.replace(compute, remat=None)
+    kept, kept_host, whole = two - one, two_host - one_host, trips(2, bare)[0] - trips(1, bare)[0]           # of one trip, for a row
+    stream = length * share.dim * jnp.dtype(compute.dtype).itemsize / divided
+    outside, outside_host = (one - kept) * job.rows, (one_host - kept_host) * job.rows
+    stage = layer_weights(job) * share.repeats / n
+    if v == 1:
+        held, held_host, tick = ticks(layout, n) * chunk * kept, ticks(layout, n) * chunk * kept_host, whole
+    else:
+        held, held_host, tick = ticks(layout, n) * stream, 0.0, chunk * whole if layout.ticks == "flat" else chunk * kept + whole
+    return {"activations": outside + held * a_time + rows * stream, "host": outside_host + held_host * a_time, "stage": stage, "tick": stage + tick * a_time + 2 * rows * stream}
+
+
 def estimate(job: Job) -> dict[str, float]:
-    """-> bytes per device by kind (KINDS), "total" of them at the worst moment, and beside it "host" (what is offloaded to the host's memory) and "cache": keys
+    """-> bytes per device by kind (KINDS; "stage" and "tick" are of pipelines), "total" of them at the worst moment, and beside it "host" (what is offloaded to the host's memory) and "cache": keys
     and values of the whole batch at its full length, for decoding."""
     config, compute = job.config, job.config.compute
     platform = "tpu"                   # a GPU's attention keeps the same arrays, and its kernel cannot be traced without one
     share, length = local(config.model, job), config.context // job.over("length")
     item = jnp.dtype(compute.dtype).itemsize
-    kept, _, host = residuals(share, compute, 1, length, platform, job.over("residual") // job.over("length"))
+    if job.mesh.shape["stage"] > 1 and share.cycle:
+        kept = piped(job, share, length, platform)
+    else:
+        all_kept, _, all_host = residuals(share, compute, 1, length, platform, job.over("residual") // job.over("length"))
+        kept = {"activations": all_kept * job.rows, "host": all_host * job.rows, "stage": 0.0, "tick": 0.0}
     working, _, _ = residuals(layers_alone(share), dc.replace(compute, remat=None), 1, length, platform)
     V, D = config.model.vocab_size // job.over("vocab"), config.model.dim
     chunk = min(getattr(config.objective, "chunk", None) or max(1, CHUNK // job.rows), length)
@@ -121,12 +149,12 @@ def estimate(job: Job) -> dict[str, float]:
     weights = held(job.params)
     found: dict[str, float] = {
         "weights": weights, "optimizer": held(state.opt_state), "gradients": weights * (2 if config.accumulate > 1 else 1), "batch": held(job.batch(job.mesh)),
-        "activations": kept * job.rows / job.mesh.shape["stage"],
+        "activations": kept["activations"], "stage": kept["stage"],
         "layer": working * job.rows + 3 * layer_weights(job),                # two layers' weights, one in use and one on its way, and one layer's gradient before it is divided
         "logits": 2 * item * V * D + (4 + item) * job.rows * chunk * V + item * job.rows * length * D,
     }
-    found["host"] = host * job.rows / job.mesh.shape["stage"] + held(state.opt_state, host=True)
-    moving = max(found["layer"], found["logits"])
-    total = sum(found[kind] for kind in KINDS[:5]) + moving
+    found |= {"tick": kept["tick"], "host": kept["host"] + held(state.opt_state, host=True)}
+    apart = not found["tick"] or config.model.prefix or config.model.suffix            # layers that no stage has
+    total = sum(found[kind] for kind in KINDS[:6]) + max(found["layer"] if apart else 0.0, found["logits"], found["tick"])
     spread = job.over("kv_heads") if all(getattr(x.mixer, "kv_heads", 1) > 1 for x in config.model.layers) else 1
     return {**found, "total": total, "cache": cache_bytes(config.model, max(1, config.batch_size // job.parts), config.context, compute.dtype) / spread}

@@ -11,8 +11,8 @@ from llmjax.plan import chips, figures, memory, roofline, search, traffic
 from llmjax.plan import compile as compiler
 from llmjax.plan.job import Job, make
 
-MEANS = {"weights": "weights", "optimizer": "optimiser", "gradients": "gradients", "batch": "batch", "activations": "kept activations", "layer": "one layer's pass",
-         "logits": "one chunk of logits", "total": "at the worst moment", "host": "(in the host's memory)", "cache": "(cache, to decode it)"}
+MEANS = {"weights": "weights", "optimizer": "optimiser", "gradients": "gradients", "batch": "batch", "activations": "kept activations", "stage": "a stage's weights", "layer": "one layer's pass",
+         "logits": "one chunk of logits", "tick": "one tick's pass", "total": "at the worst moment", "host": "(in the host's memory)", "cache": "(cache, to decode it)"}
 
 
 @dc.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def of_run(config: RunConfig, topology: str | None = None, *, price: float | Non
     rows += [("", ""), ("layout", " × ".join(f"{k}={v}" for k, v in axes.items()) or "one device"),
              ("a step", f"{config.batch_size} × {config.context} tokens" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "") + f", {short(numbers['flops_per_step'])} FLOPs; "
               f"remat {config.compute.remat or 'none'}, {config.compute.dtype}")]
-    rows += [("", ""), ("bytes a device", "")] + [(f"  {MEANS[k]}", short(found[k], "B")) for k in MEANS if k != "host" or found[k]]
+    rows += [("", ""), ("bytes a device", "")] + [(f"  {MEANS[k]}", short(found[k], "B")) for k in MEANS if found[k]]
     rows += [("sent a step", ", ".join(f"{axis} {short(size, 'B')}" for axis, size in sent.items()) or "nothing")]
     if where is not None:
         numbers, rows = on_chips(job, found, numbers, rows, price, mfu)

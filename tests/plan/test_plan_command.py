@@ -124,7 +124,7 @@ def test_the_front_is_one():
 @pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v3", "gemma3-1b", "gpt-2", "qwen3-next-80b-a3b", "llama-3.1-405b"])
 def test_every_kind_of_model_is_planned(model):
     made, found = plan(f"configs/pretrain.py:model={model}", "layout.fsdp=16", "batch_size=16", "context=1024", topology="v6e:4x4")
-    assert all(found[kind] > 0 for kind in memory.KINDS) and roofline.step_time(made, found)["bound"] > 0
+    assert all((found[kind] > 0) == (kind not in ("stage", "tick")) for kind in memory.KINDS) and roofline.step_time(made, found)["bound"] > 0
 
 
 def test_refusals():
@@ -181,6 +181,20 @@ def test_stages_wait_for_each_other_and_share_the_layers():
     assert seconds[1] / seconds[0] == pytest.approx(1 + 3 / 4) and seconds[2] / seconds[0] == pytest.approx(1 + 3 / 16)      # (stages - 1) / microbatches
     assert "stage" in traffic.per_axis(made) and traffic.per_axis(made)["fsdp"] < 0.5 * traffic.per_axis(one)["fsdp"]       # a stage gathers its own layers
     assert found["weights"] < 1.5 * alone["weights"]                                                                          # embedding and head are not divided over stages
+
+
+@pytest.mark.parametrize("microbatches", [4, 16])
+def test_a_pipeline_keeps_what_its_ticks_keep(microbatches):
+    """Of GPipe every tick the inputs of a stage's eight layers, idle ticks too; interleaved the input of a chunk alone. And what went in."""
+    overrides = ["layout.stage=4", "layout.fsdp=16", "batch_size=256", "context=2048", "compute.remat=full", f"layout.microbatches={microbatches}"]
+    stream, rows = 2048 * 4096 * 2, 16                                                       # bytes of a row; a stage works on the rows of all four
+    for more, ticks, inputs in ((["layout.interleave=1"], microbatches + 3, 8), (["layout.interleave=2"], 2 * microbatches + 3, 1)):
+        _, found = plan("configs/pretrain.py:model=llama-3-8b", *overrides, *more, topology="v5p:4x4x4")
+        kept = stream * rows * (ticks * inputs / microbatches + 1)
+        assert kept <= found["activations"] < 1.02 * kept + 5 * 4 * stream                  # and of four rows what stands before and behind the layers, partly in float32
+        assert found["stage"] == 8 * 218_112_000 * 2                                         # eight layers in bfloat16
+    _, flat = plan("configs/pretrain.py:model=llama-3-8b", *overrides, "layout.interleave=2", "layout.ticks=flat", topology="v5p:4x4x4")
+    assert flat["activations"] == found["activations"] and flat["tick"] > 2 * (found["tick"] - found["stage"])      # four layers at a time, not one
 
 
 def test_offloaded_inputs_lie_with_the_host():
