@@ -33,7 +33,7 @@ def line(row: dict, result: dict) -> str:
     def told(name: str, value: float) -> str:
         mfu = result.get("mfu", {}).get(name)
         return amount(value, row["unit"]) + (f", MFU {mfu:.0%}" if mfu else "")
-    ours = [f"{told(name, v)} ({name.removeprefix('llmjax').strip()})".replace(" ()", "") for name, v in row["sides"].items() if name.startswith("llmjax")]
+    ours = [f"{told(name, v)} ({name.removeprefix('llmjax').lstrip(', ')})".replace(" ()", "") for name, v in row["sides"].items() if name.startswith("llmjax")]
     theirs = [f"{told(name, v)} ({name})" for name, v in row["sides"].items() if not name.startswith("llmjax")]
     return f"| {row['what']} | {'; '.join(ours)} | {'; '.join(theirs)} | {row['ratio']:.2f} × |"
 
