@@ -43,7 +43,7 @@ CASES = {
     "8b-v6e-256": Case("llama-3-8b", "v6e:16x16", dict(fsdp=256), 4, 8192),
     "70b-v5p-512": Case("llama-3-70b", "v5p:4x8x8", dict(fsdp=256), 4, 8192, (92.86, 552.86, 83963)),
     "mixtral-v5p-128": Case("mixtral-8x7b", "v5p:4x4x4", dict(fsdp=8, expert=8), 4, 4096),
-    "405b-v5p-2048": Case("llama-3.1-405b", "v5p:8x16x16", dict(stage=8, fsdp=32, tensor=8, microbatches=32, interleave=2, ticks="flat"), 1, 8192, suffix=14),
+    "405b-v5p-2048": Case("llama-3.1-405b", "v5p:8x16x16", dict(stage=8, fsdp=32, tensor=8, microbatches=64, interleave=2, ticks="flat"), 1, 8192, suffix=14),
 }
 
 

@@ -161,6 +161,8 @@ def read(text: str, mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
         if kind == "all-reduce" and (around.startswith("all-reduce-scatter") or (around and any(i.op == "dynamic-slice" for i in table.values()))):
             kind = "reduce-scatter"
         size = max(given, made)
+        if kind == "ragged-all-to-all":                                        # one of its two buffers has room for the worst case; what is sent fits the other
+            size = min(made, nbytes(table[x.operands[0]].result))
         row = collectives.setdefault(kind, {"count": 0, "bytes": 0, "sent_bytes": 0})
         for key, value in (("count", 1), ("bytes", size), ("sent_bytes", sent(kind, size, x.text))):
             row[key] += value * times

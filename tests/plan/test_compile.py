@@ -65,6 +65,8 @@ def test_reader():
     assert found["collectives"]["collective-permute"] == {"count": 1, "bytes": size, "sent_bytes": size}
     assert found["estimated_cycles"] == 32 * 100 + 7 and found["kernels"] == {"kernel": 32} and not found["loops_counted_once"]
     assert hlo.read(PROGRAM.replace("constant(32)", "parameter(1)"))["loops_counted_once"] == ["loop"]
+    ragged = PROGRAM.replace("%moved =", "%few = bf16[256,16]{1,0} constant({...})\n  %dealt = bf16[1024,16]{1,0} ragged-all-to-all(%few, %x), channel_id=4, replica_groups=[1,4]<=[4]\n  %moved =")
+    assert hlo.read(ragged)["collectives"]["ragged-all-to-all"] == {"count": 1, "bytes": size / 4, "sent_bytes": size / 4 * 3 / 4}        # not what it has room for
     by_twos = PROGRAM.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
     assert hlo.read(by_twos)["kernels"] == {"kernel": 16} and hlo.read(by_twos.replace("constant(32)", "constant(31)"))["estimated_cycles"] == 16 * 100 + 7
 
