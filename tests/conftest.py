@@ -1,6 +1,7 @@
 """Every test runs on eight fake CPU devices, refuses implicit rank promotion, compiles cheaply and keeps compiled programs on disk: compile time is most of the time."""
 import os
 import pathlib
+import re
 
 import jaxlib.version
 
@@ -17,6 +18,15 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+SLOW = [re.compile(".*".join(map(re.escape, line.split("*")))) for line in (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines() if not line.startswith("#")]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(pattern.match(item.nodeid) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -114,3 +114,9 @@ def test_the_list_of_families_is_whole():
     text = (ROOT / "docs" / "families.md").read_text()
     missing = [kind for family in FAMILIES.values() for kind in family.model_types if f"`{kind}`" not in text] + [name for name in PUBLISHED if f"{name} (" not in text]
     assert not missing, f"run python benchmarks/families.py (or with --table): {missing}"
+
+
+def test_what_is_marked_slow_is_there():
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines()[1:]:
+        file, name = line.split("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), line
