@@ -37,6 +37,7 @@ HEADS = {                      # class, config class, fields
     "distances": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pooler_hidden_act": "tanh"}), "apart": ("DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": False, "type_vocab_size": 2}),
     "convolution": ("DebertaV2ForMaskedLM", {**DEBERTA, "conv_kernel_size": 5, "conv_act": "gelu", "attention_head_size": 8}),
     "plain distances": ("DebertaV2Model", {**DEBERTA, "position_buckets": -1, "pos_att_type": ["c2p"], "norm_rel_ebd": "none", "position_biased_input": False}),
+    "no distances": ("DebertaV2Model", {**DEBERTA, "pos_att_type": []}), "a norm of no distances": ("DebertaV2Model", {**BERT, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}),
 }
 LENGTHS = (40, 23)             # longer than every window and exact distance above
 
