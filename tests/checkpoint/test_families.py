@@ -289,7 +289,7 @@ def test_fields_that_are_off_or_harmless_pass():
     ("bert", {"language": "english", "name": "Bert", "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity", "sentence_transformers": {"version": "4.1.0"}}),
     ("modernbert", {"layer_norm_eps": 1e-5}), ("gemma2", {"sliding_window_size": 4096}), ("starcoder2", {"activation_function": "gelu"}), ("cohere2", {"_sliding_window_pattern": 4}),
     ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "interpolate_factor": 1, "full_attn_mod": 1}), ("mpt", {"tokenizer_name": "EleutherAI/gpt-neox-20b"}),
-    ("llama", {"max_sequence_length": 2048}), ("cohere", {"model_max_length": 131072}), ("gpt_neox", {"custom_pipelines": {"text-generation": {}}}),
+    ("llama", {"max_sequence_length": 2048, "_flash_attn_2_enabled": True}), ("cohere", {"model_max_length": 131072}), ("gpt_neox", {"custom_pipelines": {"text-generation": {}}}),
 ])
 def test_fields_of_published_files_that_nothing_reads_pass(name, more):
     assert to_model_config({**CASES[name], **more}) == to_model_config(CASES[name])
