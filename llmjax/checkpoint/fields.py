@@ -75,9 +75,10 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; `default` where it is absent, false where it is null."""
         value = self.value(name, default)
         if value is None:
-            return default
+            return False
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {name}={value!r}: true or false is expected")
         return value

@@ -295,6 +295,13 @@ def test_fields_of_published_files_that_nothing_reads_pass(name, more):
     assert to_model_config({**CASES[name], **more}) == to_model_config(CASES[name])
 
 
+@pytest.mark.parametrize(("name", "field", "off"), [
+    ("deepseek_v3", "norm_topk_prob", False), ("deepseek_v3", "rope_interleave", False), ("glm4", "attention_bias", False), ("gemma4", "per_layer_config", {})])
+def test_null_is_off_whatever_holds_where_nothing_is_said(name, field, off):
+    """As in transformers, whose code asks whether the value is true."""
+    assert to_model_config({**CASES[name], field: None}) == to_model_config({**CASES[name], field: off}) != to_model_config({k: v for k, v in CASES[name].items() if k != field})
+
+
 ATTENTION = Attention(4, 2, 8)
 
 
