@@ -103,6 +103,7 @@ CASES = {
                                    num_hidden_layers=1),
     "t5": dict(model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=3, num_decoder_layers=2, num_heads=4, dropout_rate=0.1,
                feed_forward_proj="gated-gelu", tie_word_embeddings=False, n_positions=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8),
+    "t5+told twice": dict(model_type="t5", vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=1, num_heads=4, feed_forward_proj="relu", is_gated_act=True, dense_act_fn="gelu"),
     "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                  decoder_attention_heads=2, max_position_embeddings=64, normalize_before=False, num_hidden_layers=3, forced_eos_token_id=2),
     "bart+untied": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,

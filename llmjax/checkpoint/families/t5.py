@@ -37,15 +37,15 @@ HEADS: encoders.Heads = {"T5ForConditionalGeneration": LanguageHead(), "T5Encode
 
 def read(f: Fields) -> ModelConfig:
     head = encoders.read_head(f, HEADS)
-    f.ignore("dropout_rate", "initializer_factor", "classifier_dropout", "is_gated_act", "dense_act_fn")     # the last two repeat feed_forward_proj
+    f.ignore("dropout_rate", "initializer_factor", "classifier_dropout")
     f.fixed(is_decoder=False)
     dim, size, heads, layers = f.count("d_model", 512), f.count("d_kv", 64), f.count("num_heads", 8), f.count("num_layers", 6)
     kind = f.value("feed_forward_proj", "relu")
     name = {"gated-gelu": "gated-gelu_new"}.get(kind, kind).removeprefix("gated-")
     if name not in ACTIVATIONS:
         raise CheckpointError(f"{f.where}: feed_forward_proj={kind!r} is not known" + nearest(str(kind), ["relu", "gated-gelu", "gated-silu"]))
-    activation: Any = ACTIVATIONS[name]
-    ffn = Mlp(f.count("d_ff", 2048), activation, gated=kind.startswith("gated-"))
+    # these two usually repeat feed_forward_proj, and win where they do not
+    ffn = Mlp(f.count("d_ff", 2048), f.activation("dense_act_fn", name), gated=f.flag("is_gated_act", kind.startswith("gated-")))
     mixer = Attention(heads, heads, size, None, scale=1.0, relative=RelativeBuckets(f.count("relative_attention_num_buckets", 32), f.count("relative_attention_max_distance", 128)))
     both = dict(dim=dim, norm=Norm(eps=f.number("layer_norm_epsilon", 1e-6)), tied=True, context=f.count("n_positions", 512))
     inner = base.model(f, "t5", [Layer(replace(mixer, causal=False), ffn)] * layers, head=NoHead(), **both)
@@ -65,9 +65,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
     spec = first.mixer.relative or RelativeBuckets()
     kept = {k: shared[k] for k in ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
     return {**kept, **encoders.write_head(config, lambda _: HEADS), "d_model": config.dim, "d_kv": first.mixer.head_dim, "d_ff": first.ffn.hidden, "num_heads": first.mixer.heads,
-            "num_layers": len(inner.layers), "num_decoder_layers": len(config.layers), "feed_forward_proj": ("gated-" if first.ffn.gated else "") + name, "layer_norm_epsilon": config.norm.eps,
-            "relative_attention_num_buckets": spec.buckets, "relative_attention_max_distance": spec.max_distance, "n_positions": config.context, "is_encoder_decoder": config.encoder is not None,
-            "scale_decoder_outputs": config.logit_scale != 1.0, "decoder_start_token_id": config.decoder_start}
+            "num_layers": len(inner.layers), "num_decoder_layers": len(config.layers), "layer_norm_epsilon": config.norm.eps,
+            "feed_forward_proj": ("gated-" if first.ffn.gated else "") + name, "dense_act_fn": name, "is_gated_act": first.ffn.gated,
+            "relative_attention_num_buckets": spec.buckets, "relative_attention_max_distance": spec.max_distance, "n_positions": config.context,
+            "is_encoder_decoder": config.encoder is not None, "scale_decoder_outputs": config.logit_scale != 1.0, "decoder_start_token_id": config.decoder_start}
 
 
 FAMILY = base.Family("t5", ("t5",), "T5ForConditionalGeneration", read, write, lambda config: TABLE if config.encoder else ENCODER, rotary=False)
