@@ -21,6 +21,8 @@ HARMLESS = frozenset("""
     no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences exponential_decay_length_penalty remove_invalid_values chunk_size_feed_forward
     attn_implementation _attn_implementation _attn_implementation_autoset _from_model_config is_encoder_decoder is_llama_config transformers.js_config unsloth_version unsloth_fixed
     router_aux_loss_coef output_router_logits router_jitter_noise reorder_and_upcast_attn
+    output_past _num_labels tie_weights_ use_bfloat16 n_special predict_special_tokens replacing_rate language name auto_map custom_pipelines
+    sbert_ce_default_activation_function sentence_transformers _flash_attn_2_enabled tokenizer_name model_max_length max_sequence_length
 """.split())  # noqa: SIM905
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -73,9 +75,10 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; `default` where it is absent, false where it is null."""
         value = self.value(name, default)
         if value is None:
-            return default
+            return False
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {name}={value!r}: true or false is expected")
         return value

@@ -103,6 +103,7 @@ CASES = {
                                    num_hidden_layers=1),
     "t5": dict(model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=3, num_decoder_layers=2, num_heads=4, dropout_rate=0.1,
                feed_forward_proj="gated-gelu", tie_word_embeddings=False, n_positions=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8),
+    "t5+told twice": dict(model_type="t5", vocab_size=96, d_model=32, d_ff=48, d_kv=6, num_layers=1, num_heads=4, feed_forward_proj="relu", is_gated_act=True, dense_act_fn="gelu"),
     "bart": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
                  decoder_attention_heads=2, max_position_embeddings=64, normalize_before=False, num_hidden_layers=3, forced_eos_token_id=2),
     "bart+untied": dict(model_type="bart", vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
@@ -225,6 +226,7 @@ def test_windows_and_scales_are_data():
     ("bert", {"is_decoder": True}, "is_decoder=True"), ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type=['p2p']"),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 2}, "conv_groups=2"), ("deberta-v2", {"conv_kernel_size": 4}, "a convolution over 4 tokens"),
+    ("deberta-v2", {"position_buckets": 32, "max_relative_positions": 16}, "no distance up to max_relative_positions=16"),
     ("deberta-v2", {"tie_word_embeddings": None}, "tie_word_embeddings=None"), ("deberta-v2", {"attention_head_size": 5}, "attention_head_size=5"),
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling='max'"), ("t5", {"feed_forward_proj": "gated-sillu"}, "feed_forward_proj='gated-sillu'"),
     ("t5", {"architectures": ["T5ForTokenClassification"]}, "'T5ForTokenClassification' is not read"), ("bart", {"normalize_before": True}, "normalize_before=True"),
@@ -280,6 +282,25 @@ def test_fields_that_are_off_or_harmless_pass():
     assert to_model_config({k: v for k, v in CASES["llama"].items() if k != "model_type"} | {"architectures": ["LlamaForCausalLM"]}).family == "llama"
     with pytest.raises(CheckpointError, match="'vocab_size' is missing"):
         to_model_config({k: v for k, v in CASES["llama"].items() if k != "vocab_size"})
+
+
+@pytest.mark.parametrize(("name", "more"), [
+    ("xlm-roberta", {"output_past": True}), ("t5", {"output_past": True}), ("gpt2", {"_num_labels": 1, "n_special": 0, "predict_special_tokens": True, "use_bfloat16": False}),
+    ("bart", {"_num_labels": 3, "output_past": True, "replacing_rate": 0, "student_decoder_layers": None}), ("distilbert", {"tie_weights_": True}),
+    ("bert", {"language": "english", "name": "Bert", "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity", "sentence_transformers": {"version": "4.1.0"}}),
+    ("modernbert", {"layer_norm_eps": 1e-5}), ("gemma2", {"sliding_window_size": 4096}), ("starcoder2", {"activation_function": "gelu"}), ("cohere2", {"_sliding_window_pattern": 4}),
+    ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "interpolate_factor": 1, "full_attn_mod": 1}), ("mpt", {"tokenizer_name": "EleutherAI/gpt-neox-20b"}),
+    ("llama", {"max_sequence_length": 2048, "_flash_attn_2_enabled": True}), ("cohere", {"model_max_length": 131072}), ("gpt_neox", {"custom_pipelines": {"text-generation": {}}}),
+])
+def test_fields_of_published_files_that_nothing_reads_pass(name, more):
+    assert to_model_config({**CASES[name], **more}) == to_model_config(CASES[name])
+
+
+@pytest.mark.parametrize(("name", "field", "off"), [
+    ("deepseek_v3", "norm_topk_prob", False), ("deepseek_v3", "rope_interleave", False), ("glm4", "attention_bias", False), ("gemma4", "per_layer_config", {})])
+def test_null_is_off_whatever_holds_where_nothing_is_said(name, field, off):
+    """As in transformers, whose code asks whether the value is true."""
+    assert to_model_config({**CASES[name], field: None}) == to_model_config({**CASES[name], field: off}) != to_model_config({k: v for k, v in CASES[name].items() if k != field})
 
 
 ATTENTION = Attention(4, 2, 8)

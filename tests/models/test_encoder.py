@@ -37,6 +37,8 @@ HEADS = {                      # class, config class, fields
     "distances": ("DebertaV2ForSequenceClassification", {**DEBERTA, "pooler_hidden_act": "tanh"}), "apart": ("DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": False, "type_vocab_size": 2}),
     "convolution": ("DebertaV2ForMaskedLM", {**DEBERTA, "conv_kernel_size": 5, "conv_act": "gelu", "attention_head_size": 8}),
     "plain distances": ("DebertaV2Model", {**DEBERTA, "position_buckets": -1, "pos_att_type": ["c2p"], "norm_rel_ebd": "none", "position_biased_input": False}),
+    "buckets": ("T5EncoderModel", dict(vocab_size=61, d_model=32, d_ff=48, d_kv=6, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu")),
+    "no distances": ("DebertaV2Model", {**DEBERTA, "pos_att_type": []}), "a norm of no distances": ("DebertaV2Model", {**BERT, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}),
 }
 LENGTHS = (40, 23)             # longer than every window and exact distance above
 
@@ -44,8 +46,8 @@ LENGTHS = (40, 23)             # longer than every window and exact distance abo
 def theirs(name, scale):
     """A model of transformers with random weights of this scale, its 1-D parameters perturbed so that a swapped or forgotten one shows."""
     kind, fields = HEADS[name]
-    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert",
-                                                    "Gemma3Text") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
+    config = getattr(transformers, next(k for k in ("DistilBert", "ModernBert", "DebertaV2", "Roberta", "Electra", "Bert", "Gemma3Text",
+                                                    "T5") if kind.startswith(k)) + "Config")(**fields, initializer_range=scale)
     torch.manual_seed(0)
     return perturbed(getattr(transformers, kind)(config))
 

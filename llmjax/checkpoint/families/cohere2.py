@@ -12,6 +12,7 @@ def read(f: Fields) -> ModelConfig:
     dim, heads, context, biased = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 8192), f.flag("attention_bias")
     mixer = Attention(heads, base.kv_heads(f, heads, heads), base.head_dim(f, dim, heads), read_rope(f, 10_000.0, context, interleaved=True), qkv_bias=biased, out_bias=biased)
     ffn, every = Mlp(f.count("intermediate_size"), f.activation("hidden_act", "silu")), f.count("sliding_window_pattern", 4)
+    f.ignore("_sliding_window_pattern")           # what layer_types was made of
     f.fixed(order_of_interleaved_layers="local_attn_first", position_embedding_type="rope_gptj", rotary_pct=1.0, use_gated_activation=True, use_embedding_sharing=True,
             use_parallel_block=True, layer_switch=every)
     windows = base.layer_windows(f, f.count("num_hidden_layers"), f.count("sliding_window", 4096), lambda i: (i + 1) % every != 0)

@@ -15,7 +15,8 @@ BODY = (*encoders.bert_rows("deberta.", ("query_proj", "key_proj", "value_proj")
         *encoders.norm(R + "LayerNorm", "relative_norm"),
         *encoders.dense(R + "conv.conv", "prefix_0/convolution/kernel", "o i w -> w i o"), *encoders.norm(R + "conv.LayerNorm", "prefix_0/norm_convolution_out"),
         *(row for theirs, ours in (("pos_key_proj", "k"), ("pos_query_proj", "q")) for row in encoders.dense(L + theirs, f"mixer/position_{ours}", "(n h) d -> d n h", "(n h) -> n h")))
-MORE: dict[str, Any] = dict(base="deberta.", extras=(r"mask_predictions\..*", r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"))
+MORE: dict[str, Any] = dict(base="deberta.", extras=(r"mask_predictions\..*", r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)",
+                                                      r"deberta\.encoder\.(rel_embeddings|LayerNorm)\..*"))       # a table that no term of the attention takes
 TABLE = Table((*BODY, *SCORES, *encoders.dense("lm_predictions.lm_head.dense", "masked/dense"), *encoders.norm("lm_predictions.lm_head.LayerNorm", "masked/norm"),
                Row("lm_predictions.lm_head.bias", "masked/bias")), **MORE)
 LEGACY_TABLE = Table((*BODY, *encoders.dense("cls.predictions.transform.dense", "masked/dense"), *encoders.norm("cls.predictions.transform.LayerNorm", "masked/norm"),
@@ -37,9 +38,11 @@ def read_relative(f: Fields, rows: int) -> Disentangled | None:
     shared, normed = f.flag("share_att_key"), f.value("norm_rel_ebd", "none")
     if not set(kinds) <= {"c2p", "p2c"} or (kinds and not given) or normed not in ("none", "layer_norm"):
         raise CheckpointError(f"{f.where}: pos_att_type={kinds}, relative_attention={given}, norm_rel_ebd={normed!r}: c2p and p2c with relative_attention, and layer_norm or none are known")
-    if not given:
+    if not kinds:
         return None
     reach = reach if reach > 0 else rows
+    if buckets // 2 >= reach - 1 and reach < rows:
+        raise CheckpointError(f"{f.where}: position_buckets={buckets}: half of it leaves no distance up to max_relative_positions={reach} to share a row")
     return Disentangled(buckets if buckets > 0 else reach, reach, buckets > 0, "c2p" in kinds, "p2c" in kinds, shared, normed == "layer_norm")
 
 

@@ -10,7 +10,7 @@ from llmjax.core.model_config import Attention, Layer, Mlp, ModelConfig, Norm
 def read(f: Fields) -> ModelConfig:
     dim, heads, context, size = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 8192), f.count("head_dim", 256)
     biased, cap, final = f.flag("attention_bias"), f.optional("attn_logit_softcapping", 50.0), f.optional("final_logit_softcapping", 30.0)
-    f.ignore("hidden_act")                      # published files carry it beside hidden_activation, which is the one that is used
+    f.ignore("hidden_act", "sliding_window_size")                     # published files carry them beside hidden_activation and sliding_window, which are used
     mixer = Attention(heads, base.kv_heads(f, heads, 4), size, read_rope(f, 10_000.0, context), qkv_bias=biased, out_bias=biased,
                       scale=base.scale_of(f.number("query_pre_attn_scalar", 256) ** -0.5, size), softcap=cap and float(cap))
     ffn = Mlp(f.count("intermediate_size"), f.activation("hidden_activation", "gelu_pytorch_tanh"))

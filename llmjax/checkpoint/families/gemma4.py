@@ -27,7 +27,7 @@ def read(f: Fields) -> ModelConfig:
     same = f.flag("attention_k_eq_v")
     near = Attention(heads, kv, size, read_rope(f, 10_000.0, context, NEAR, ("", "")), None, qkv_bias=biased, out_bias=biased, qk_norm=QKNorm(norm), scale=1.0,
                      v_norm=replace(norm, scale=False))
-    far = replace(near, rope=read_far_rope(f, context), shared_kv=same, **global_sizes(f, windows, kv if not same else f.values.get("num_global_key_value_heads") or kv))
+    far = replace(near, rope=read_far_rope(f, context), shared_kv=same, **global_sizes(f, windows, near, same))
     hidden, activation, shared = f.count("intermediate_size", 9216), f.activation("hidden_activation", "gelu_pytorch_tanh"), f.value("num_kv_shared_layers", 0) or 0
     doubled = 2 if f.flag("use_double_wide_mlp") else 1
     mixture = MixtureOfExperts(f.count("num_experts"), f.count("top_k_experts"), f.count("moe_intermediate_size"), activation, norms=norm,
@@ -57,13 +57,13 @@ def read_far_rope(f: Fields, context: int) -> Rope:
     return read_rope(f, 1_000_000.0, context, FAR, ("", ""))
 
 
-def global_sizes(f: Fields, windows: list[int | None], kv: int) -> dict[str, Any]:
+def global_sizes(f: Fields, windows: list[int | None], near: Attention, same: bool) -> dict[str, Any]:
     """Head size and kv heads of the layers that see all: `global_head_dim` and `num_global_key_value_heads`, or the `per_layer_config` that transformers writes in their place.
     Raises CheckpointError where layers of one kind differ, or others than these have sizes of their own."""
-    given = f.values.get("per_layer_config")
-    if given is None:
-        return dict(head_dim=int(f.values.get("global_head_dim") or 512), kv_heads=int(kv))
-    usual = dict(head_dim=f.values.get("head_dim", 256), num_key_value_heads=f.values.get("num_key_value_heads", 4))
+    if "per_layer_config" not in f.values:
+        return dict(head_dim=f.count("global_head_dim", 512), kv_heads=f.count("num_global_key_value_heads", near.kv_heads) if same else near.kv_heads)
+    given = f.values["per_layer_config"] or {}
+    usual = dict(head_dim=near.head_dim, num_key_value_heads=near.kv_heads)
     found = [{**usual, **given.get(str(i), given.get(i, {}))} for i in range(len(windows))]
     far = [x for x, window in zip(found, windows) if window is None]
     if any(x != far[0] for x in far) or any(x != usual for x, window in zip(found, windows) if window is not None) or any(set(x) != set(usual) for x in found):

@@ -28,9 +28,9 @@ def heads(transform: Transform, pooling: Any, labels: tuple[str, ...]) -> encode
 
 
 def read(f: Fields) -> ModelConfig:
-    # of training, and of how it is computed there; position_embedding_type was copied from BERT and is not read
+    # of training, and of how it is computed there; position_embedding_type and layer_norm_eps were copied from BERT and are not read
     f.ignore("deterministic_flash_attn", "reference_compile", "repad_logits_with_grad", "sparse_prediction", "sparse_pred_ignore_index", "initializer_cutoff_factor", "embedding_dropout",
-             "mlp_dropout", "position_embedding_type")
+             "mlp_dropout", "position_embedding_type", "layer_norm_eps")
     dim, count, layers, context = f.count("hidden_size", 768), f.count("num_attention_heads", 12), f.count("num_hidden_layers", 22), f.count("max_position_embeddings", 8192)
     every, biased = f.count("global_attn_every_n_layers", 3), f.flag("attention_bias")
     windows = base.layer_windows(f, layers, f.count("local_attention", 128) // 2 + 1, lambda i: bool(i % every))
@@ -60,7 +60,7 @@ def write(config: ModelConfig) -> dict:
     kept = {name: x for name, x in shared.items() if name not in ("rms_norm_eps", "num_key_value_heads", "head_dim", "hidden_act")}
     return {**kept, "hidden_activation": SPELLINGS[first.ffn.activation], "norm_eps": config.norm.eps, "norm_bias": config.norm.bias, "attention_bias": first.mixer.qkv_bias,
             "mlp_bias": first.ffn.bias, "decoder_bias": config.head_bias, "classifier_pooling": "cls" if pooling == "first" else "mean", "classifier_bias": transform.bias,
-            "classifier_activation": SPELLINGS[transform.activation], "local_attention": 2 * ((base.widest(config) or 65) - 1), "layer_types": kinds,
+            "classifier_activation": SPELLINGS[transform.activation], "local_attention": max(1, 2 * ((base.widest(config) or 65) - 1)), "layer_types": kinds,
             **({"global_attn_every_n_layers": every} if every else {}), "rope_parameters": {"full_attention": write_rope(far), "sliding_attention": write_rope(near)},
             "global_rope_theta": far.theta, "local_rope_theta": near.theta, **encoders.write_head(config, lambda labels: heads(transform, pooling, labels))}
 

@@ -10,6 +10,7 @@ FUSED_MLP = (Row(base.L + "mlp.gate_up_proj.weight", ("ffn/gate", "ffn/up"), "[f
 def read(f: Fields) -> ModelConfig:
     dim, heads, context = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 4096)
     window = f.value("sliding_window", None) and f.count("sliding_window", None)
+    f.fixed(interpolate_factor=1, full_attn_mod=1, lm_head_bias=False)                  # settings of Phi-4-mini's own code
     mixer = Attention(heads, base.kv_heads(f, heads, heads), base.head_dim(f, dim, heads), read_rope(f, 10_000.0, context, fraction=1.0), window)
     ffn = Mlp(f.count("intermediate_size"), f.activation("hidden_act", "silu"))
     return base.model(f, "phi3", [Layer(mixer, ffn)] * f.count("num_hidden_layers"), dim=dim, norm=Norm(eps=f.number("rms_norm_eps", 1e-5)), tied=False, context=context)

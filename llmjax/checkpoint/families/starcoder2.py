@@ -11,7 +11,7 @@ ROWS = tuple(row for theirs, ours in (("c_fc", "up"), ("c_proj", "down"))
 def read(f: Fields) -> ModelConfig:
     dim, heads, context, biased = f.count("hidden_size"), f.count("num_attention_heads"), f.count("max_position_embeddings", 4096), f.flag("use_bias", True)
     window = f.value("sliding_window", None) and f.count("sliding_window", None)
-    f.ignore("residual_dropout", "embedding_dropout")                                 # of training
+    f.ignore("residual_dropout", "embedding_dropout", "activation_function")          # of training; hidden_act is the one that is used
     f.fixed(norm_type="layer_norm", mlp_type="default")
     mixer = Attention(heads, base.kv_heads(f, heads, 2), base.head_dim(f, dim, heads), read_rope(f, 10_000.0, context), window, qkv_bias=biased, out_bias=biased)
     ffn = Mlp(f.count("intermediate_size"), f.activation("hidden_act", "gelu_pytorch_tanh"), gated=False, bias=biased)
