@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--rounds=5] [--save]        needs llmjax[test]; nothing else should run on the machine
 
-llmjax in float32 (on a GPU in bfloat16), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. On a CPU also weights in few bits: llmjax's int8 beside
+llmjax in float32 and bfloat16 (on a GPU in bfloat16 alone), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. On a CPU also weights in few bits: llmjax's int8 beside
 llama.cpp's Q8_0 (the same weights, written by `llmjax convert`) and Q4_1 (the file itself), each side with all cores; and, apart from these, llmjax with n-gram drafting. Prints one JSON
 line; it also says how many of the first new tokens are those of transformers in the same dtype.
 """
@@ -135,7 +135,7 @@ def main() -> int:
             place, largest = llmjax.pretrained.locate("smollm2"), 40_000
         prompt = np.random.default_rng(1).integers(100, largest, length).tolist()
         sides = {f"transformers {name}": theirs(place, prompt, new, "cuda" if gpu else "cpu", name) for name in DTYPES}
-        sides[f"llmjax {dtype}"] = ours(place, prompt, new, dtype)
+        sides |= {f"llmjax {name}": ours(place, prompt, new, name) for name in ([dtype] if gpu else DTYPES)}
     reading, _ = common.turns({name: read for name, (read, _) in sides.items()}, args.rounds)
     making, made = common.turns({name: generate for name, (_, generate) in sides.items()}, args.rounds)
     if any(len(ids) != new for ids in made.values()):

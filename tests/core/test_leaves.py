@@ -105,3 +105,12 @@ def test_one_row_in_bfloat16_is_padded_not_changed():
     leaf = Transposed(w.T, w.shape, 1)
     assert dot("td,df->tf", x, leaf).shape == (1, 6) and isinstance(quantize_int8(w, (0,)), Int8)
     np.testing.assert_allclose(dot("td,df->tf", x, leaf).astype(jnp.float32), (x.astype(jnp.float32) @ w.astype(jnp.float32)), rtol=1e-2, atol=1e-2)      # 8 bits
+
+
+def test_one_row_of_16_bit_numbers_does_not_convert_the_weight():
+    """A head read for one token: as the first of two rows, and the table is nowhere made anew in float32."""
+    x, table = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(((1, 1, 64), (512, 64))))
+    one = jax.jit(functools.partial(dot, "btd,vd->btv", out_dtype=jnp.float32))
+    wanted = dot("btd,vd->btv", jnp.concatenate([x, x]), table, out_dtype=jnp.float32)[:1]
+    np.testing.assert_allclose(one(x, table), wanted, rtol=1e-6)
+    assert "f32[512,64]" not in one.lower(x, table).compile().as_text()
