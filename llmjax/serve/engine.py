@@ -299,7 +299,11 @@ class Engine:
         self.beat = time.monotonic()
         for kind, request in orders:
             if kind == "form":
-                self.learn(request)
+                try:
+                    self.learn(request)
+                except Exception:                          # no memory for it, say; the cache it was given is gone
+                    log.exception("a faster form of the step does not run; the others serve in its place")
+                    self.recover("a form of the step failed")
             elif kind == "new":
                 if not request.cancelled:
                     self.open(request)

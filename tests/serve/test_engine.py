@@ -10,6 +10,7 @@ import serving
 
 from llmjax.core import ConfigError
 from llmjax.serve import Knobs, Refused
+from llmjax.serve.schedule import Shape
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 17, 70, 8, 33, 1, 16, 50)]
 
@@ -191,6 +192,20 @@ def test_a_grammar_is_followed_among_free_rows(alone):
         _, text, _, end = alone.wait(r)
         assert end.reason == "stop" and re.fullmatch(r"(ab|cd){2,5}!", text), text
     assert [alone.wait(r)[0] for r in free] == [alone.offline(p, 20) for p in PROMPTS[:2]]
+
+
+def test_a_form_that_does_not_run_is_not_used(alone):
+    """Compiled in the background, it fails when it is first called: the others go on."""
+    shape, engine = Shape(3, 1), alone.engine
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+    engine.programs[shape] = fails
+    with engine.wake:
+        engine.orders.append(("form", shape))
+        engine.wake.notify()
+    assert alone.wait(alone.ask(PROMPTS[1], 12))[0] == alone.offline(PROMPTS[1], 12)
+    assert shape not in engine.known and engine.failure is None and idle(engine) == 0
 
 
 def test_recurrent_layers_keep_their_rows():
