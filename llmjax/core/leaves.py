@@ -1,7 +1,7 @@
 """Array leaves: what may stand in a parameter tree where a weight stood, and `dot`, the only place that knows the kinds.
 
-A leaf replaces a weight without the model knowing: a LoRA leaf adds a low-rank product, an int8 leaf holds quantised numbers, a transposed leaf holds the same
-numbers in the order a matrix-vector product reads them fastest, a joined leaf several weights of one input side by side. Leaves compose: QLoRA is a LoRA leaf around a
+A leaf replaces a weight without the model knowing: a LoRA leaf adds a low-rank product, an int8 leaf holds quantised numbers, a leaf of rows holds the same
+numbers in the order and the form in which a CPU reads them fastest, a joined leaf several weights of one input side by side. Leaves compose: QLoRA is a LoRA leaf around a
 quantised leaf.
 Each leaf answers `shape` (the weight's own), `dtype` (what `dense` gives) and `ndim`.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llmjax.core.contract import contract
+from llmjax.core.kept import times, widen
 from llmjax.core.platform import platform
 
 
@@ -71,15 +72,14 @@ class Int8:
 
 @register_dataclass
 @dc.dataclass(frozen=True)
-class Transposed:
-    """A weight of `shape` [in…, out…], of which the first `inputs` dimensions are contracted, kept as the matrix w [prod(out), prod(in)]: what a CPU reads fastest for one token."""
+class Rows:
+    """A weight of `shape` [in…, out…], of which the first `inputs` dimensions are contracted, as a CPU reads it fastest: the matrix [prod(out), prod(in)], its numbers w and scale in one of
+    the forms of `core/kept.py`. inputs 0: a tied embedding [V, D], kept as it is and as the head reads it. `dtype` is what the weight's numbers are to everyone else."""
     w: jax.Array
+    scale: jax.Array | None
     shape: tuple[int, ...] = dc.field(metadata=dict(static=True))
     inputs: int = dc.field(metadata=dict(static=True))
-
-    @property
-    def dtype(self):
-        return self.w.dtype
+    dtype: Any = dc.field(metadata=dict(static=True))
 
     @property
     def ndim(self):
@@ -89,9 +89,9 @@ class Transposed:
 @register_dataclass
 @dc.dataclass(frozen=True)
 class Joined:
-    """One of several weights that `dots` multiplies with the same input: number `place` of those with `shapes` [in…, out…]. The first holds them all, side by side, as the matrix
-    w [prod(in), sum of prod(out)] (or as Int8Rows); in the others w is None."""
-    w: Any
+    """One of several weights that `dots` multiplies with the same input: number `place` of those with `shapes` [in…, out…]. The first holds them all, side by side, as the Rows
+    of a weight [prod(in), sum of prod(out)]; in the others w is None."""
+    w: Rows | None
     shapes: tuple[tuple[int, ...], ...] = dc.field(metadata=dict(static=True))
     inputs: int = dc.field(metadata=dict(static=True))
     place: int = dc.field(metadata=dict(static=True))
@@ -103,25 +103,6 @@ class Joined:
     @property
     def dtype(self):
         return None if self.w is None else self.w.dtype
-
-    @property
-    def ndim(self):
-        return len(self.shape)
-
-
-@register_dataclass
-@dc.dataclass(frozen=True)
-class Int8Rows:
-    """An Int8 weight of `shape` [in…, out…], of which the first `inputs` dimensions are contracted, as a CPU multiplies it fastest: q int8 [prod(out), prod(in)], scale float32 [prod(out)].
-    inputs 0: a tied embedding [V, D], kept as it is and as the head reads it. Activations become int8 too (`int8_rows`)."""
-    q: jax.Array
-    scale: jax.Array
-    shape: tuple[int, ...] = dc.field(metadata=dict(static=True))
-    inputs: int = dc.field(metadata=dict(static=True))
-
-    @property
-    def dtype(self):
-        return self.scale.dtype
 
     @property
     def ndim(self):
@@ -143,8 +124,7 @@ class Adapters(Around):
     which: jax.Array | None = None
 
 
-MANY_ROWS = 8
-KINDS = (Lora, Int8, Int8Rows, Transposed, Joined, Adapters)
+KINDS = (Lora, Int8, Rows, Joined, Adapters)
 
 
 def is_leaf(x: Any) -> bool:
@@ -168,13 +148,8 @@ def dot(equation: str, x: jax.Array, weight: Any, *, out_dtype: Any = None) -> j
         scale = weight.scale.reshape([n for c, n in zip(letters, weight.scale.shape) if c in kept])
         y = jnp.einsum(equation, x, weight.q.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * aligned(scale, kept, out)).astype(out_dtype or x.dtype)
-    if isinstance(weight, Int8Rows):
+    if isinstance(weight, Rows):
         return through_rows(x, weight, weight.shape[weight.inputs:] if weight.inputs else weight.shape[:1], out_dtype)
-    if isinstance(weight, Transposed):
-        terms, out = equation.split("->")
-        if terms.split(",")[1][0] in out:              # a tied embedding [V, D] as the head reads it: w is [D, V], and D is contracted
-            return matrix("td,df->tf", x, weight.w, weight.shape[:weight.inputs], out_dtype)
-        return matrix("td,fd->tf", x, weight.w, weight.shape[weight.inputs:], out_dtype)
     if isinstance(weight, Adapters):
         y = dot(equation, x, weight.w, out_dtype=out_dtype)
         return y + of_adapters(equation, x, weight, out_dtype) if weight.which is not None else y
@@ -215,38 +190,12 @@ def chosen(params: Any, which: jax.Array) -> Any:
     return jax.tree.map(lambda w: dc.replace(w, which=which) if isinstance(w, Adapters) else w, params, is_leaf=is_leaf)
 
 
-def as_rows(x: jax.Array, size: int) -> tuple[jax.Array, tuple[int, ...]]:
-    """x [..., in…] -> ([rows, size], the axes before in…): its last axes, as many as a matrix of `size` inputs takes in."""
-    lead, seen = x.ndim, 1
-    while seen < size:
-        lead, seen = lead - 1, seen * x.shape[lead - 1]
-    return x.reshape(-1, size), x.shape[:lead]
-
-
-def through_rows(x: jax.Array, weight: Int8Rows, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
+def through_rows(x: jax.Array, weight: Rows, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
     """x [..., in…] -> [..., *shape]"""
-    rows, lead = as_rows(x, weight.q.shape[1])
-    return int8_rows(rows, weight.q, weight.scale).astype(out_dtype or x.dtype).reshape(*lead, *shape)
-
-
-def int8_rows(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [T, D] times (q [F, D] int8 · scale [F])ᵀ -> float32 [T, F], in integer products alone. A row of x is its largest magnitude times two int8 rows, the number and what rounding
-    left of it: 15 bits or so. XLA's CPU products are fast from two columns on, so the second costs one token nothing; and faster with the weights first for few rows, with the rows first
-    for many (128: 2.4 times)."""
-    x = x.astype(jnp.float32)
-    step = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-30) / 127.0
-    coarse = jnp.round(x / step)
-    fine = jnp.round((x / step - coarse) * 254.0)
-    columns = jnp.concatenate([coarse, fine]).astype(jnp.int8)
-    product = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32)
-    y = product(columns, q) if len(x) >= MANY_ROWS else product(q, columns).T
-    return (y[:len(x)] + y[len(x):] * (1 / 254.0)) * step * scale[None]
-
-
-def matrix(equation: str, x: jax.Array, w: jax.Array, shape: tuple[int, ...], out_dtype: Any) -> jax.Array:
-    """x [..., in…] through w, a matrix of the two-dimensional `equation` "td,…->tf" -> [..., *shape]."""
-    rows, lead = as_rows(x, w.shape[equation.split(",")[1].index("d")])
-    return dot(equation, rows, w, out_dtype=out_dtype).reshape(*lead, *shape)
+    lead, size, inputs = x.ndim, 1, math.prod(weight.shape[:weight.inputs]) if weight.inputs else weight.shape[1]
+    while size < inputs:                                   # the last axes of x, as many as the matrix takes in
+        lead, size = lead - 1, size * x.shape[lead - 1]
+    return times(x.reshape(-1, inputs), weight.w, weight.scale).astype(out_dtype or x.dtype).reshape(*x.shape[:lead], *shape)
 
 
 def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
@@ -259,20 +208,16 @@ def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]
         return [dot(equation, x, w) for w in weights]
     made = [shape[first.inputs:] for shape in first.shapes]
     ends = np.cumsum([math.prod(shape) for shape in made])
-    whole = (int(ends[-1]),)
-    parts = jnp.split(through_rows(x, first.w, whole, None) if isinstance(first.w, Int8Rows) else matrix("td,df->tf", x, first.w, whole, None), ends[:-1], -1)
+    parts = jnp.split(through_rows(x, first.w, (int(ends[-1]),), None), ends[:-1], -1)
     return [y.reshape(*y.shape[:-1], *shape) for y, shape in zip(parts, made)]
 
 
-def join(weights: Sequence[Any], inputs: int) -> list[Joined]:
-    """Weights [in…, out…] whose first `inputs` axes are the same, all arrays or all Int8Rows, as Joined leaves."""
-    shapes = tuple(w.shape for w in weights)
-    if isinstance(weights[0], Int8Rows):
-        q, scale = (jnp.concatenate([getattr(w, name) for w in weights]) for name in ("q", "scale"))
-        w: Any = Int8Rows(q, scale, (q.shape[1], q.shape[0]), 1)
-    else:
-        w = jnp.concatenate([w.reshape(math.prod(w.shape[:inputs]), -1) for w in weights], 1)
-    return [Joined(None if i else w, shapes, inputs, i) for i in range(len(weights))]
+def join(weights: Sequence[Rows]) -> list[Joined]:
+    """Weights of the same inputs, kept in the same form, as Joined leaves."""
+    first, shapes = weights[0], tuple(w.shape for w in weights)
+    w, scale = jnp.concatenate([w.w for w in weights]), None if first.scale is None else jnp.concatenate([w.scale for w in weights])
+    whole = Rows(w, scale, (math.prod(first.shape[:first.inputs]), len(w)), 1, first.dtype)
+    return [Joined(None if i else whole, shapes, first.inputs, i) for i in range(len(weights))]
 
 
 def aligned(x: jax.Array, letters: str, target: str) -> jax.Array:
@@ -308,11 +253,9 @@ def dense(weight: Any) -> jax.Array:
         raise TypeError("an Adapters leaf stands for several weights, one per row of a batch")
     if isinstance(weight, Int8):
         return weight.q.astype(weight.scale.dtype) * weight.scale
-    if isinstance(weight, Int8Rows):
-        w = weight.q * weight.scale[:, None]
+    if isinstance(weight, Rows):
+        w = widen(weight.w, weight.scale).astype(weight.dtype)
         return (w.T if weight.inputs else w).reshape(weight.shape)
-    if isinstance(weight, Transposed):
-        return weight.w.T.reshape(weight.shape)
     if isinstance(weight, Joined):
         if weight.w is None:
             raise TypeError("this weight's numbers lie in another Joined leaf")
@@ -334,10 +277,8 @@ def take(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, Int8):
         scale = table.scale.reshape((1,) * ids.ndim + (-1,)) if table.scale.shape[0] == 1 else table.scale[ids]
         return table.q[ids].astype(dtype) * scale.astype(dtype)
-    if isinstance(table, Int8Rows):
-        return table.q[ids].astype(dtype) * table.scale[ids][..., None].astype(dtype)
-    if isinstance(table, Transposed):
-        return jnp.moveaxis(table.w[:, ids], 0, -1).astype(dtype)
+    if isinstance(table, Rows):
+        return widen(table.w[ids], None if table.scale is None else table.scale[ids]).astype(dtype)
     return table[ids].astype(dtype)
 
 

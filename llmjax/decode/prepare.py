@@ -1,6 +1,5 @@
-"""Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU matrices as a matrix-vector product reads them fastest: [out, in]; in float32, where several
-take the same input, side by side [in, outs], because XLA gives only large products more than one core, and a tied embedding [embed, vocab], as the head reads it; int8 weights
-as rows [out, in], side by side too.
+"""Weights in the form decoding wants, made once: each layer's arrays apart, and on a CPU matrices as rows [out, in], side by side where several take the same input, in the fewest bytes
+that hold them exactly.
 
 Training keeps layers stacked for `nn.scan`; slicing a stack inside the token loop would copy every weight every token.
 """
@@ -16,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.core import Adapters, Int8, Int8Rows, Joined, Label, Transposed, is_leaf, join, platform, unrolled
+from llmjax.core import Adapters, Int8, Joined, Label, Rows, is_leaf, join, platform, unrolled
+from llmjax.core.kept import narrowest
 from llmjax.core.model_config import ModelConfig
 from llmjax.core.tree import map_named
 from llmjax.models import Decoder, labels
@@ -56,50 +56,51 @@ def stack(config: ModelConfig, params: dict) -> dict:
 JOINED = (("q", "k", "v"), ("gate", "up"))
 
 
-def joined(labels: dict, params: dict, kind: type) -> dict:
-    """The tree with the weights of every JOINED group in a module side by side, where all of them are matrices of one kind (jax.Array or Int8Rows)."""
-    new = {name: joined(labels[name], w, kind) if isinstance(w, dict) else w for name, w in params.items()}
+def joined(labels: dict, params: dict) -> dict:
+    """The tree with the weights of every JOINED group in a module side by side, where all of them are Rows of the same inputs in the same form."""
+    new = {name: joined(labels[name], w) if isinstance(w, dict) else w for name, w in params.items()}
     for names in JOINED:
-        if all(isinstance(params.get(name), kind) and labels[name].is_matrix and not labels[name].batch and labels[name].inputs == labels[names[0]].inputs for name in names):
-            new.update(zip(names, join([params[name] for name in names], len(labels[names[0]].inputs))))
+        group = {name: w for name in names if isinstance(w := params.get(name), Rows)}
+        if len(group) == len(names) and len({(labels[name].inputs, w.w.dtype, w.scale is None) for name, w in group.items()}) == 1:
+            new.update(zip(names, join(list(group.values()))))
     return new
 
 
-def rows_of(tied: bool, _name: str, label: Label, w: Any) -> Any:
-    """An Int8 matrix as Int8Rows, an embedding only where it is also the head; everything else as it is."""
-    if not isinstance(w, Int8) or label.batch or (label.inputs == ("vocab",) and not tied):
+def rows(tied: bool, dtype: Any, _name: str, label: Label, w: Any) -> Any:
+    """A matrix as Rows, a table only where the embedding is also the head; everything else as it is. Arrays wider than the computing `dtype` are rounded to it, as every product would."""
+    if not (isinstance(w, Int8) or not is_leaf(w)) or not label.is_matrix or label.batch or label.inputs == ("position",) or (label.inputs == ("vocab",) and not tied):
         return w
-    if label.inputs == ("vocab",):
-        return Int8Rows(w.q, w.scale.reshape(-1), w.shape, 0)
-    count = len(label.inputs)
-    return Int8Rows(w.q.reshape(math.prod(w.shape[:count]), -1).T, w.scale.reshape(-1), w.shape, count)
+    count = 0 if label.inputs == ("vocab",) else len(label.inputs)
+    lie = (lambda w: w.reshape(math.prod(w.shape[:count]), -1).T) if count else lambda w: w
+    if isinstance(w, Int8):
+        return Rows(lie(w.q), w.scale.reshape(-1), w.shape, count, w.dtype)
+    kept = w.astype(dtype) if jnp.dtype(dtype).itemsize < w.dtype.itemsize else w
+    return Rows(lie(kept), None, w.shape, count, kept.dtype)
 
 
-def output_first(tied: bool, _name: str, label: Label, w: Any) -> Any:
-    """A matrix as a Transposed leaf; everything else as it is, tables among it unless the embedding is also the head."""
-    if is_leaf(w) or not label.is_matrix or label.batch or label.inputs == ("position",) or (label.inputs == ("vocab",) and not tied):
+def narrow(w: Any) -> Any:
+    """Rows in the fewest bytes that hold them exactly; anything else as it is."""
+    if isinstance(w, Joined) and w.w is not None:
+        return dc.replace(w, w=narrow(w.w))
+    if not isinstance(w, Rows) or w.scale is not None:
         return w
-    count = len(label.inputs)
-    size = math.prod(w.shape[:count])
-    return Transposed(w.reshape(size, -1).T, w.shape, count)
+    kept, scale = narrowest(w.w)
+    return dc.replace(w, w=kept, scale=scale)
 
 
 def prepare(model: Decoder, params: Any) -> tuple[Decoder, Any]:
     """(model, params) -> the same model with each layer apart and weights as the platform contracts them fastest; logits stay equal. Costs one copy of the layers."""
     spread = any(len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
     apart = dc.replace(model, config=unrolled(model.config), compute=dc.replace(model.compute, remat=None))
+    if not model.config.cycle and any(isinstance(x, Rows | Joined | Adapters) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
+        return apart, params
 
     def convert(params):
         loose, known = unstack(model.config, params), labels(apart)
         if platform() != "cpu" or spread:
             return loose
-        full = jnp.dtype(model.compute.dtype).itemsize == 4          # products of 16-bit numbers are fastest with every matrix [out, in]
-        loose = joined(known, map_named(functools.partial(rows_of, model.config.tied), known, loose), Int8Rows)
-        turn = functools.partial(output_first, full and model.config.tied)
-        return map_named(turn, known, joined(known, loose, jax.Array) if full else loose)
-    if not model.config.cycle and any(isinstance(x, Int8Rows | Transposed | Joined | Adapters) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
-        return apart, params
-    return apart, jax.jit(convert)(params)
+        return joined(known, map_named(functools.partial(rows, model.config.tied, model.compute.dtype), known, loose))
+    return apart, jax.tree.map(narrow, jax.jit(convert)(params), is_leaf=is_leaf)
 
 
 class Memo:

@@ -13,7 +13,7 @@ import pytest
 from llmjax.checkpoint import table
 from llmjax.checkpoint.table import Row, Table, exports, layers_of, load
 from llmjax.core.errors import CheckpointError
-from llmjax.core.leaves import Transposed
+from llmjax.core.leaves import Rows
 from llmjax.core.tree import flatten
 
 D, N, K, H, F, E, V = 8, 4, 2, 4, 16, 4, 24
@@ -88,7 +88,7 @@ def test_leaves_are_made_dense():
     params = load(Memory(tensors()), TABLE, tree())
     before = {e.name: e.make() for e in exports(TABLE, params)}
     q = params["suffix_0"]["mixer"]["q"]
-    params["suffix_0"]["mixer"]["q"] = Transposed(q.reshape(q.shape[0], -1).T, q.shape, 1)
+    params["suffix_0"]["mixer"]["q"] = Rows(q.reshape(q.shape[0], -1).T, None, q.shape, 1, q.dtype)
     after = {e.name: (e.shape, e.make()) for e in exports(TABLE, params)}
     for name, x in before.items():
         assert after[name][0] == x.shape

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.core import Int8, Lora, Transposed, add_lora, dense, dot, dots, join, quantize_int8, take
+from llmjax.core import Int8, Lora, Rows, add_lora, dense, dot, dots, join, quantize_int8, take
 from llmjax.core.labels import parse
 from llmjax.core.leaves import lora_equations
 
@@ -20,11 +20,16 @@ def lora(w, label):
     return Lora(leaf.w, leaf.a, jax.random.normal(jax.random.key(2), leaf.b.shape), leaf.alpha)
 
 
+def rows(w, inputs):
+    """w [in…, out…] as Rows; inputs 0: a table that is also the head"""
+    return Rows(w.reshape(np.prod(w.shape[:inputs]), -1).T if inputs else w, None, w.shape, inputs, w.dtype)
+
+
 KINDS = {
     "lora": lora,
     "int8": lambda w, label: quantize_int8(w, label.dims("inputs")),
     "qlora": lambda w, label: lora(quantize_int8(w, label.dims("inputs")), label),
-    "transposed": lambda w, label: Transposed(w.reshape(np.prod([w.shape[i] for i in label.dims("inputs")]), -1).T, w.shape, len(label.inputs)),
+    "rows": lambda w, label: rows(w, len(label.inputs)),
 }
 
 
@@ -32,14 +37,14 @@ KINDS = {
 def test_dot_is_the_dense_contraction(case, kind):
     equation, text, shape, x_shape = case
     label = parse(text)
-    if kind == "transposed" and label.batch:
-        pytest.skip("a transposed leaf is one matrix")
+    if kind == "rows" and label.batch:
+        pytest.skip("rows are of one matrix")
     w, x = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(3), x_shape)
     leaf = KINDS[kind](w, label)
     assert tuple(leaf.shape) == shape and leaf.ndim == len(shape) and dense(leaf).shape == shape
     got = jax.jit(lambda x, leaf: dot(equation, x, leaf))(x, leaf)
     np.testing.assert_allclose(got, jnp.einsum(equation, x, dense(leaf), precision="highest"), atol=3e-5)      # float32 sums in another order
-    if kind == "transposed":
+    if kind == "rows":
         np.testing.assert_array_equal(dense(leaf), w)
     if kind == "int8":
         step = np.abs(np.asarray(w)).max(label.dims("inputs"), keepdims=True) / 127
@@ -70,7 +75,7 @@ def test_joined_weights_are_one_product():
     """Three weights of one input, two axes in or one; what each makes is what it would make alone."""
     for equation, first, shapes, x_shape in (("btd,dnh->btnh", 1, [(12, 3, 4), (12, 1, 4), (12, 2, 4)], (2, 5, 12)), ("tdh,dhf->tf", 2, [(3, 4, 6), (3, 4, 2)], (5, 3, 4))):
         ws = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-        x, leaves = jax.random.normal(jax.random.key(9), x_shape), join(ws, first)
+        x, leaves = jax.random.normal(jax.random.key(9), x_shape), join([rows(w, first) for w in ws])
         assert [leaf.shape for leaf in leaves] == shapes and len(jax.tree.leaves(leaves)) == 1
         product = functools.partial(dots, equation)
         assert str(jax.make_jaxpr(product)(x, leaves)).count("dot_general") == 1
@@ -83,15 +88,15 @@ def test_joined_weights_are_one_product():
         dense(leaves[1])
 
 
-def test_a_turned_embedding_is_read_as_a_head_too():
+def test_a_table_is_read_as_a_head_too():
     table, x = jax.random.normal(jax.random.key(0), (10, 6)), jax.random.normal(jax.random.key(1), (2, 3, 6))
-    np.testing.assert_allclose(dot("btd,vd->btv", x, Transposed(table.T, table.shape, 1)), x @ table.T, atol=1e-5)
+    np.testing.assert_allclose(dot("btd,vd->btv", x, rows(table, 0)), x @ table.T, atol=1e-5)
 
 
 def test_take_reads_rows_of_every_kind():
     table, ids = jax.random.normal(jax.random.key(0), (10, 6)), jnp.asarray([[1, 9], [0, 1]])
     label = parse("vocab -> embed")
-    for leaf in (table, quantize_int8(table, (0,)), quantize_int8(table, (1,)), lora(table, label), Transposed(table.T, table.shape, 1)):
+    for leaf in (table, quantize_int8(table, (0,)), quantize_int8(table, (1,)), lora(table, label), rows(table, 0)):
         np.testing.assert_allclose(take(leaf, ids, jnp.float32), dense(leaf)[ids], atol=1e-5)
 
 
@@ -102,7 +107,7 @@ def test_equations():
 
 def test_one_row_in_bfloat16_is_padded_not_changed():
     w, x = jax.random.normal(jax.random.key(0), (12, 6)).astype(jnp.bfloat16), jax.random.normal(jax.random.key(1), (1, 12)).astype(jnp.bfloat16)
-    leaf = Transposed(w.T, w.shape, 1)
+    leaf = rows(w, 1)
     assert dot("td,df->tf", x, leaf).shape == (1, 6) and isinstance(quantize_int8(w, (0,)), Int8)
     np.testing.assert_allclose(dot("td,df->tf", x, leaf).astype(jnp.float32), (x.astype(jnp.float32) @ w.astype(jnp.float32)), rtol=1e-2, atol=1e-2)      # 8 bits
 

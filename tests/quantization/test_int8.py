@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llmjax import decode, models
-from llmjax.core import Compute, ConfigError, Int8, Int8Rows, Joined, dense, dot, dots, is_leaf, join, quantize_int8, take
-from llmjax.core.leaves import int8_rows
+from llmjax.core import Compute, ConfigError, Int8, Joined, Rows, dense, dot, dots, is_leaf, join, quantize_int8, take
+from llmjax.core.kept import int8_rows
 from llmjax.core.model_config import Attention, Layer, MixtureOfExperts, Mlp, ModelConfig
 from llmjax.core.tree import flatten
 from llmjax.quantization import quantize
@@ -30,13 +30,13 @@ def test_the_product_is_the_dense_one_to_fifteen_bits(rows, scale):
 
 def test_side_by_side():
     one, two = (quantize_int8(jnp.asarray(random.standard_normal(shape), jnp.float32), (0,)) for shape in ((12, 3, 4), (12, 2, 4)))
-    rows = [Int8Rows(w.q.reshape(12, -1).T, w.scale.reshape(-1), w.shape, 1) for w in (one, two)]
+    rows = [Rows(w.q.reshape(12, -1).T, w.scale.reshape(-1), w.shape, 1, jnp.float32) for w in (one, two)]
     x = jnp.asarray(random.standard_normal((2, 5, 12)), jnp.float32)
-    for made, apart in zip(dots("btd,dnh->btnh", x, join(rows, 1)), (dot("btd,dnh->btnh", x, w) for w in rows)):
+    for made, apart in zip(dots("btd,dnh->btnh", x, join(rows)), (dot("btd,dnh->btnh", x, w) for w in rows)):
         np.testing.assert_array_equal(made, apart)
     np.testing.assert_array_equal(dense(rows[0]), dense(one))
     table = quantize_int8(jnp.asarray(random.standard_normal((10, 12)), jnp.float32), (1,))
-    tied = Int8Rows(table.q, table.scale[:, 0], table.shape, 0)
+    tied = Rows(table.q, table.scale[:, 0], table.shape, 0, jnp.float32)
     np.testing.assert_array_equal(dense(tied), dense(table))
     np.testing.assert_array_equal(take(tied, jnp.asarray([[3, 1]]), jnp.float32), dense(table)[jnp.asarray([[3, 1]])])
     np.testing.assert_allclose(dot("btd,vd->btv", x, tied), x @ dense(table).T, atol=2e-3)                 # fifteen bits of numbers up to 3
@@ -54,8 +54,8 @@ def test_a_model_decodes_with_integers(tied):
     quantised = quantize(models.labels(model), params, "int8")
     apart, ready = decode.prepare(model, quantised)
     leaves = flatten(ready)
-    assert isinstance(leaves["prefix_1/mixer/q"], Joined) and isinstance(leaves["prefix_1/mixer/q"].w, Int8Rows) and isinstance(leaves["prefix_0/ffn/down"], Int8Rows)
-    assert isinstance(leaves["embed/table"], Int8Rows if tied else Int8) and not any(isinstance(w, jax.Array) and w.ndim > 1 for w in leaves.values())
+    assert isinstance(leaves["prefix_1/mixer/q"], Joined) and isinstance(leaves["prefix_1/mixer/q"].w, Rows) and isinstance(leaves["prefix_0/ffn/down"], Rows)
+    assert isinstance(leaves["embed/table"], Rows if tied else Int8) and not any(isinstance(w, jax.Array) and w.ndim > 1 for w in leaves.values())
     tokens = jnp.asarray(random.integers(0, 64, (2, 20)))
     exact = model.apply({"params": jax.tree.map(dense, quantised, is_leaf=is_leaf)}, tokens)[0]
     got, plain = apart.apply({"params": ready}, tokens)[0], model.apply({"params": quantised}, tokens)[0]
