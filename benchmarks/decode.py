@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--rounds=5] [--save]        needs llmjax[test]; nothing else should run on the machine
 
-llmjax in float32 and bfloat16 (on a GPU in bfloat16 alone), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. On a CPU also weights in few bits: llmjax's int8 beside
-llama.cpp's Q8_0 (the same weights, written by `llmjax convert`) and Q4_1 (the file itself), each side with all cores; and, apart from these, llmjax with n-gram drafting. Prints one JSON
-line; it also says how many of the first new tokens are those of transformers in the same dtype.
+llmjax in float32 and bfloat16 (on a GPU in bfloat16 alone), `generate` of transformers in float32 and bfloat16, one row, the same prompt ids. On a CPU also weights in few bits: llmjax's int8, and
+the file's own 4 bits (what float32 reads them as), beside llama.cpp's Q8_0 (the same weights, written by `llmjax convert`) and Q4_1 (the file itself), each side with all cores; and, apart from
+these, int8 with n-gram drafting. Prints one JSON line; it also says how many of the first new tokens are those of transformers in the same dtype.
 """
 import contextlib
 import json
@@ -82,13 +82,14 @@ def llama_cpp(file: pathlib.Path, prompt: list[int], new: int) -> Iterator[tuple
 
 
 def in_few_bits(place: pathlib.Path, prompt: list[int], new: int, rounds: int) -> tuple[list[dict], dict[str, Any]]:
-    """int8 beside llama.cpp's files of 8 and 4 bits -> (rows, median seconds)."""
+    """int8, and the file's own 4 bits, beside llama.cpp's files of 8 and 4 bits -> (rows, median seconds)."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         whole = pathlib.Path(folder, "q8_0.gguf")
         convert.convert(place, whole, to="gguf", dtype="q8_0", progress=False)
         files = {"llama.cpp Q8_0": whole, "llama.cpp Q4_1": place}
         sides = {name: stack.enter_context(llama_cpp(file, prompt, new)) for name, file in files.items()}
         sides["llmjax int8"] = ours(place, prompt, new, "float32", quantize="int8")
+        sides["llmjax Q4_1"] = ours(place, prompt, new, "float32")
         guessing = {**{name: make for name, (_, make) in sides.items()}, "llmjax int8, n-grams": ours(place, prompt, new, "float32", quantize="int8", draft=llmjax.decode.NGram())[1]}
         reading, _ = common.turns({name: read for name, (read, _) in sides.items()}, rounds)
         making, made = common.turns(guessing, rounds)
@@ -97,7 +98,7 @@ def in_few_bits(place: pathlib.Path, prompt: list[int], new: int, rounds: int) -
     speed = {side: new / s for side, s in making.items()}
     alone = {side: v for side, v in speed.items() if side != "llmjax int8, n-grams"}
     return [common.row(f"generation, SmolLM2-135M in few bits, {new} tokens after {len(prompt)}", "tok/s", alone, more_is_better=True),
-            common.row("the same with n-gram drafting", "tok/s", {side: v for side, v in speed.items() if side != "llmjax int8"}, more_is_better=True),
+            common.row("the same with n-gram drafting", "tok/s", {side: v for side, v in speed.items() if side not in ("llmjax int8", "llmjax Q4_1")}, more_is_better=True),
             common.row(f"prefill, SmolLM2-135M in few bits, {len(prompt)} tokens", "tok/s", {side: len(prompt) / s for side, s in reading.items()}, more_is_better=True)], \
         {"generate in few bits": making, "prefill in few bits": reading}
 

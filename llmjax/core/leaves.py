@@ -215,8 +215,8 @@ def dots(equation: str, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]
 def join(weights: Sequence[Rows]) -> list[Joined]:
     """Weights of the same inputs, kept in the same form, as Joined leaves."""
     first, shapes = weights[0], tuple(w.shape for w in weights)
-    w, scale = jnp.concatenate([w.w for w in weights]), None if first.scale is None else jnp.concatenate([w.scale for w in weights])
-    whole = Rows(w, scale, (math.prod(first.shape[:first.inputs]), len(w)), 1, first.dtype)
+    w, scales = jnp.concatenate([w.w for w in weights]), [w.scale for w in weights if w.scale is not None]
+    whole = Rows(w, jnp.concatenate(scales) if scales else None, (math.prod(first.shape[:first.inputs]), len(w)), 1, first.dtype)
     return [Joined(None if i else whole, shapes, first.inputs, i) for i in range(len(weights))]
 
 

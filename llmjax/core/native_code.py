@@ -204,7 +204,7 @@ class Writer:
         """What XLA calls: share the columns out, ask for helpers, work along, wait for the chunks that they took."""
         work, leave = self.work(), self.leave()
         help = self.help(work, leave)
-        made, code, (frame,) = self.function(f"llmjax_rows_{self.kind}", pointer, pointer, local=False)
+        _, code, (frame,) = self.function(f"llmjax_rows_{self.kind}", pointer, pointer, local=False)
         extension = code.get(frame, FRAME["extension"], pointer)
         with code.given(extension):                                       # XLA asks, once, which version of its interface this is written for
             code.store(number(1 << 32), code.at(code.get(extension, 3, pointer), 3))       # two numbers of 32 bits: 0 and 1, little end first
