@@ -2,8 +2,13 @@
 
 A call of XLA's becomes a job: the columns in chunks, which the calling thread and helpers from XLA's pool take one after the other. A chunk is worked through in tiles, some rows times some
 columns, whose sums stay in registers while a loop goes along D and widens BLOCK weights of each column at a time.
+
+To wake a thread of the pool takes some 50 microseconds, half of them the caller's: as much as a small product. So a helper that has done its part looks out for the next job for a while, at one
+place, `posted`; the caller puts its job there while some helper is `idle`, and asks the pool only for others. Whoever holds a job, the place included, is counted in it, and the last to let go
+frees it.
 """
 import contextlib
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +18,7 @@ WIDTH = 16                 # numbers in a vector; LLVM splits it where a process
 TILES = ((12, 2), (4, 4), (2, 4), (1, 4))      # rows and columns of a tile: many rows share the widening of a weight, many columns the reading of a row
 AHEAD = 2304               # bytes that are fetched ahead of their use: 6.8 -> 13.5 GB/s of int8 on one core of a Xeon of 2023
 CHUNK = 1 << 16            # bytes of the matrix in a chunk
+PATIENCE = 8000            # looks before an idle helper goes back to the pool: 0.1 ms on a Xeon of 2023, as long as the attention between two products
 BYTES = dict(float32=4.0, bfloat16=2.0, int8=1.0, int8_blocks=1.0, uint8=0.5)             # of a weight
 SCALED = ("int8", "int8_blocks", "uint8")
 
@@ -55,6 +61,10 @@ class Code(ir.IRBuilder):
     def given(self, address):
         """if address != null: (a context)"""
         return self.if_then(self.icmp_unsigned("!=", self.ptrtoint(address, word), number(0)))
+
+    def put(self, place, job):
+        """Puts a job, or null, at `place` -> what stood there"""
+        return self.inttoptr(self.atomic_rmw("xchg", self.at(place, 0), self.ptrtoint(job, word), "seq_cst"), pointer)
 
     def least(self, a, b):
         return self.select(self.icmp_signed("<", a, b), a, b)
@@ -101,7 +111,17 @@ class Writer:
         outside = lambda name, result, *kinds: ir.Function(self.module, ir.FunctionType(result, kinds), name)
         self.multiply_add = outside(f"llvm.fma.v{WIDTH}f32", vector, vector, vector, vector)
         self.fetch = outside("llvm.prefetch.p0", nothing, pointer, index, index, index)
+        arm = platform.machine().lower() in ("arm64", "aarch64")
+        breath = outside("llvm.aarch64.hint", nothing, index) if arm else outside("llvm.x86.sse2.pause", nothing)
+        self.breath, self.breaths = breath, [ir.Constant(index, 1)] if arm else []         # the processor's own word for "I am waiting"
+        self.posted, self.idle = (self.shared(name) for name in ("posted", "idle"))
         self.malloc, self.free, self.give_way = outside("malloc", pointer, word), outside("free", nothing, pointer), outside("sched_yield", index)
+
+    def shared(self, name):
+        """A word that all threads see, 0 at first"""
+        made = ir.GlobalVariable(self.module, word, name)
+        made.initializer, made.linkage = number(0), "internal"
+        return made
 
     def function(self, name, result, *kinds, local=True):
         """-> (a new function, a Code at its start, its arguments)"""
@@ -192,18 +212,58 @@ class Writer:
         code.ret_void()
         return made
 
-    def help(self, work, leave):
-        """What a helper does"""
+    def post(self, leave):
+        """Put a job where idle helpers look; what stood there is let go, for its caller does without."""
+        made, code, (job,) = self.function("post", nothing, pointer)
+        code.add_to(job, JOB["holders"], 1)
+        before = code.put(self.posted, job)
+        with code.given(before):
+            code.call(leave, [before])
+        code.ret_void()
+        return made
+
+    def help(self, work, leave, post):
+        """What a helper does: its part of a job, then of others that come while it looks out for them."""
         made, code, (job,) = self.function("help", nothing, pointer)
+        looks = code.alloca(word)
         code.call(work, [job])
         code.call(leave, [job])
+        code.add_to(self.idle, 0, 1)
+        code.store(number(0), looks)
+        look, found, over = (code.append_basic_block() for _ in range(3))
+        code.branch(look)
+        code.position_at_end(look)
+        code.call(self.breath, self.breaths)
+        seen = code.plus(code.load(looks, typ=word), 1)
+        code.store(seen, looks)
+        there = code.icmp_unsigned("!=", code.load_atomic(self.posted, "acquire", 8, typ=word), number(0))
+        late = code.icmp_signed(">", seen, number(PATIENCE))
+        code.cbranch(code.or_(there, late), found, look)
+        code.position_at_end(found)                                       # or no longer idle: a job that was posted just now is not left lying
+        others = code.plus(code.add_to(self.idle, 0, -1), -1)
+        next = code.put(self.posted, null)
+        with code.given(next):
+            started = code.load_atomic(code.at(next, JOB["next"]), "monotonic", 8, typ=word)
+            more = code.icmp_signed("<", started, code.get(next, JOB["chunks"]))
+            with code.if_then(code.and_(more, code.icmp_signed(">", others, number(0)))):
+                code.call(post, [next])
+            code.call(work, [next])
+            code.call(leave, [next])
+            code.store(number(0), looks)
+        rest = code.append_basic_block()
+        code.cbranch(code.icmp_signed(">", code.load(looks, typ=word), number(PATIENCE)), over, rest)
+        code.position_at_end(rest)
+        code.add_to(self.idle, 0, 1)
+        code.branch(look)
+        code.position_at_end(over)
         code.ret_void()
         return made
 
     def handler(self):
         """What XLA calls: share the columns out, ask for helpers, work along, wait for the chunks that they took."""
         work, leave = self.work(), self.leave()
-        help = self.help(work, leave)
+        post = self.post(leave)
+        help = self.help(work, leave, post)
         _, code, (frame,) = self.function(f"llmjax_rows_{self.kind}", pointer, pointer, local=False)
         extension = code.get(frame, FRAME["extension"], pointer)
         with code.given(extension):                                       # XLA asks, once, which version of its interface this is written for
@@ -219,7 +279,7 @@ class Writer:
         helpers = code.least(code.plus(chunks, -1), number(self.threads - 1))
         job = code.call(self.malloc, [number(8 * (len(JOB) + 4))])
         words = {name: code.get(buffer, BUFFER["data"], pointer) for name, buffer in buffers.items()}
-        words.update(F=F, D=D, T=T, chunk=chunk, chunks=chunks, next=number(0), done=number(0), holders=code.plus(helpers, 1))
+        words.update(F=F, D=D, T=T, chunk=chunk, chunks=chunks, next=number(0), done=number(0), holders=number(1))
         for name, value in words.items():
             code.store(value, code.at(job, JOB[name]))
         request = code.at(job, JOB["request"])
@@ -229,7 +289,11 @@ class Writer:
             for i, value in enumerate((number(8 * (2 + len(values))), null, *values)):
                 code.store(value, code.at(request, i))
             return code.call(code.get(api, API[what], ir.FunctionType(result, [pointer]).as_pointer()), [request])
-        with code.loop(number(0), helpers, 1):
+        idle = code.load_atomic(self.idle, "monotonic", 8, typ=word)
+        with code.if_then(code.and_(code.icmp_signed(">", idle, number(0)), code.icmp_signed(">", helpers, number(0)))):
+            code.call(post, [job])
+        with code.loop(idle, helpers, 1):
+            code.add_to(job, JOB["holders"], 1)
             failed = ask("schedule", pointer, context, help, job)
             with code.given(failed):                                      # no threads to be had: this one does it all
                 ask("destroy", nothing, failed)
@@ -244,6 +308,9 @@ class Writer:
         code.call(self.give_way, [])
         code.branch(again)
         code.position_at_end(over)
+        taken = code.extract_value(code.cmpxchg(self.posted, code.ptrtoint(job, word), number(0), "seq_cst"), 1)
+        with code.if_then(taken):                                         # still posted: nobody came
+            code.call(leave, [job])
         code.call(leave, [job])
         code.ret(null)
 

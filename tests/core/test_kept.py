@@ -73,30 +73,65 @@ def test_threads_do_not_disturb_each_other(product):
     assert not wrong and not any(t.is_alive() for t in threads)
 
 
+def called(schedule, destroy=lambda request: None, threads=4):
+    """-> a function (x, w [F, D] float32) that calls the machine code for `threads` threads as XLA does, with another's pool: `schedule(request)` answers 0 or the address of an error."""
+    kinds = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p), ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    functions = [kind(f) for kind, f in zip(kinds, (schedule, destroy))]
+    engine = native.compiled("float32", threads)
+    handler = kinds[0](engine.get_function_address("llmjax_rows_float32"))
+    words = lambda *values: (ctypes.c_int64 * len(values))(*values)
+    table = [0] * 24
+    table[native_code.API["schedule"]], table[native_code.API["destroy"]] = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
+    table = words(*table)
+
+    def call(x, w):
+        out = np.zeros((len(x), len(w)), np.float32)
+        sizes = [words(*a.shape) for a in (x, w, out)]
+        buffers = [words(48, 0, 11, a.ctypes.data, 2, ctypes.addressof(n)) for a, n in zip((x, w, out), sizes)]
+        arguments, results = words(*map(ctypes.addressof, buffers[:2])), words(ctypes.addressof(buffers[2]))
+        frame = words(0, 0, ctypes.addressof(table), 0, 3, 0, 0, 2, 0, ctypes.addressof(arguments), 0, 0, 1, 0, ctypes.addressof(results))
+        assert not handler(ctypes.addressof(frame))
+        return out
+    call.kept = engine, functions
+    return call
+
+
 def test_without_threads_it_does_all_itself():
     """XLA has no pool for us: the request is answered with an error, which is given back, and the caller works alone."""
     asked = []
-    request = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: asked.append("schedule") or 1)
-    destroy = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda request: asked.append(("destroy", ctypes.cast(request, ctypes.POINTER(ctypes.c_int64))[2])))
-    x, (w, _) = random.standard_normal((2, 512)).astype(np.float32), kept("float32", 300, 512)
-    w, out = np.asarray(w), np.zeros((2, 300), np.float32)
-    words = lambda *values: (ctypes.c_int64 * len(values))(*values)
-    alive = []
-
-    def buffer(a):
-        sizes = words(*a.shape)
-        alive.append(sizes)
-        return words(48, 0, 11, a.ctypes.data, a.ndim, ctypes.addressof(sizes))
-    buffers = [buffer(a) for a in (x, w, out)]
-    arguments, results = words(*map(ctypes.addressof, buffers[:2])), words(ctypes.addressof(buffers[2]))
-    api = [0] * 24
-    api[native_code.API["destroy"]], api[native_code.API["schedule"]] = (ctypes.cast(f, ctypes.c_void_p).value for f in (destroy, request))
-    api = words(*api)
-    frame = words(0, 0, ctypes.addressof(api), 0, 3, 0, 0, 2, 0, ctypes.addressof(arguments), 0, 0, 1, 0, ctypes.addressof(results))
-    engine = native.compiled("float32", 4)
-    assert not ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(engine.get_function_address("llmjax_rows_float32"))(ctypes.addressof(frame))
-    np.testing.assert_allclose(out, x @ w.T, atol=1e-3)
+    call = called(lambda _: asked.append("schedule") or 1, lambda request: asked.append(("destroy", ctypes.cast(request, ctypes.POINTER(ctypes.c_int64))[2])))
+    x, w = (random.standard_normal((n, 512)).astype(np.float32) for n in (2, 300))
+    np.testing.assert_allclose(call(x, w), x @ w.T, atol=1e-3)
     assert asked == ["schedule", ("destroy", 1)] * 3
+
+
+def test_helpers_of_several_callers():
+    """Two callers and three helpers each, on threads of their own: helpers that come late, that find the next job posted, and that pass it on to each other."""
+    running = []
+
+    def schedule(request):
+        task, job = ctypes.cast(request, ctypes.POINTER(ctypes.c_int64))[3:5]
+        running.append(threading.Thread(target=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(task), args=(job,)))
+        running[-1].start()
+    call = called(schedule)
+    wrong = []
+
+    def caller(seed):
+        own = np.random.default_rng(seed)
+        x, w = (own.standard_normal((n, 512)).astype(np.float32) for n in (3, 900))
+        wanted = call(x, w)
+        np.testing.assert_allclose(wanted, x @ w.T, atol=1e-3)
+        for _ in range(300):
+            if not np.array_equal(call(x, w), wanted):
+                wrong.append(seed)
+    callers = [threading.Thread(target=caller, args=(seed,)) for seed in (1, 2)]
+    for t in callers:
+        t.start()
+    for t in callers:
+        t.join(60)
+    for t in running:
+        t.join(60)
+    assert not wrong and len(running) >= 3 and not any(t.is_alive() for t in callers + running)
 
 
 @pytest.mark.parametrize("form", FORMS)
