@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 MARKER, TPU, DECODING = "<!-- benchmarks -->", "<!-- compiled for TPUs -->", "<!-- decoding on TPUs -->"
 RESULTS = ROOT / "benchmarks" / "results"
-ORDER = ("train_step", "decode", "serve", "data")
+ORDER = ("train_step", "decode", "serve", "serve_int8", "data")
 
 
 def results(folder: pathlib.Path = ROOT / "benchmarks" / "results") -> list[dict]:

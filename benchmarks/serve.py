@@ -193,7 +193,7 @@ def main() -> int:
     rows.append(common.row(f"time to the first token, {one}, {what}", "ms", pair, more_is_better=False))
     for text, label in (("copying", "a text that repeats itself"), ("telling", "one that does not")):
         rows.append(common.row(f"guessing (ngram:7) in {label}, {what}", "tok/s", {"llmjax guessing": speed[f"guessing, {text}"], "without": speed[f"engine, {text}"]}, more_is_better=True))
-    common.emit("serve", args, rows, ("jax", "uvicorn", "starlette"), latency=late, seconds=seconds, steps=steps)
+    common.emit("serve" + (f"_{args.quantize}" if args.quantize else ""), args, rows, ("jax", "uvicorn", "starlette"), latency=late, seconds=seconds, steps=steps)
     return 0
 
 
