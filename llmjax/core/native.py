@@ -56,18 +56,20 @@ def target(kind: str) -> str:
     return name
 
 
-def compiled(kind: str, threads: int) -> Any:
-    """The machine code of the function llmjax_rows_{kind}: an engine of LLVM's, which owns it."""
+def compiled(kind: str, threads: int, processor: str | None = None) -> Any:
+    """The machine code of the function llmjax_rows_{kind}: an engine of LLVM's, which owns it. processor: an LLVM name; None: this one."""
     if sys.platform == "win32":
         raise OSError("not written for Windows")
     import llvmlite.binding as llvm
 
-    from llmjax.core.native_code import module
+    from llmjax.core.native_code import FEW_TILES, TILES, module
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    code = llvm.parse_assembly(str(module(kind, BLOCK, threads)))
+    features = {} if processor else dict(llvm.get_host_cpu_features())
+    code = llvm.parse_assembly(str(module(kind, BLOCK, threads, TILES if features.get("avx512f") else FEW_TILES)))
     code.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3)
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=processor or llvm.get_host_cpu_name(), opt=3,
+                                                                           features=",".join(f"{'+' if has else '-'}{name}" for name, has in features.items()))
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(code, passes)
     engine = llvm.create_mcjit_compiler(code, machine)

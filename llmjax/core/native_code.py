@@ -9,13 +9,14 @@ frees it.
 """
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
 
 WIDTH = 16                 # numbers in a vector; LLVM splits it where a processor's are shorter
-TILES = ((8, 3), (4, 4), (2, 4), (1, 4))      # rows and columns of a tile: many rows share the widening of a weight, many columns the reading of a row
+TILES = ((8, 3), (4, 4), (2, 4), (1, 4))       # rows and columns of a tile: many rows share the widening of a weight, many columns the reading of a row; for 32 registers of WIDTH numbers,
+FEW_TILES = ((3, 2), (2, 2), (1, 4))           # and for a quarter of that (AVX2, NEON)
 AHEAD = 2304               # bytes that are fetched ahead of their use: 6.8 -> 13.5 GB/s of int8 on one core of a Xeon of 2023
 CHUNK = 1 << 16            # bytes of the matrix in a chunk
 PATIENCE = 8000            # looks before an idle helper goes back to the pool: 0.1 ms on a Xeon of 2023, as long as the attention between two products
@@ -106,8 +107,8 @@ class Code(ir.IRBuilder):
 class Writer:
     """Writes one kind's functions into a module."""
 
-    def __init__(self, kind: str, block: int, threads: int):
-        self.kind, self.block, self.threads, self.module = kind, block, threads, ir.Module(f"llmjax_{kind}")
+    def __init__(self, kind: str, block: int, threads: int, tiles: Sequence[tuple[int, int]]):
+        self.kind, self.block, self.threads, self.tiles, self.module = kind, block, threads, tiles, ir.Module(f"llmjax_{kind}")
         outside = lambda name, result, *kinds: ir.Function(self.module, ir.FunctionType(result, kinds), name)
         self.multiply_add = outside(f"llvm.fma.v{WIDTH}f32", vector, vector, vector, vector)
         self.fetch = outside("llvm.prefetch.p0", nothing, pointer, index, index, index)
@@ -177,7 +178,7 @@ class Writer:
 
     def work(self):
         """Take chunks of columns until none is left; in a chunk all columns for some rows, then for the next."""
-        tiles = {shape: self.tile(*shape) for high, wide in TILES for shape in ((high, wide), (high, 1))}
+        tiles = {shape: self.tile(*shape) for high, wide in self.tiles for shape in ((high, wide), (high, 1))}
         made, code, (job,) = self.function("work", nothing, pointer)
         x, w, scale, out = (code.get(job, JOB[n], pointer) for n in ("x", "w", "scale", "out"))
         F, D, T, chunk, chunks = (code.get(job, JOB[n]) for n in ("F", "D", "T", "chunk", "chunks"))
@@ -190,7 +191,7 @@ class Writer:
         start = code.mul(mine, chunk)
         end = code.least(code.add(start, chunk), F)
         first = number(0)
-        for high, wide in TILES:
+        for high, wide in self.tiles:
             last = code.sub(T, code.urem(code.sub(T, first), number(high)))
             with code.loop(first, last, high) as t0:
                 whole = code.sub(end, code.urem(code.sub(end, start), number(wide)))
@@ -315,8 +316,8 @@ class Writer:
         code.ret(null)
 
 
-def module(kind: str, block: int, threads: int) -> Any:
+def module(kind: str, block: int, threads: int, tiles: Sequence[tuple[int, int]] = TILES) -> Any:
     """The module of LLVM's with llmjax_rows_{kind}, an XLA FFI handler, for `threads` threads."""
-    writer = Writer(kind, block, threads)
+    writer = Writer(kind, block, threads, tiles)
     writer.handler()
     return writer.module

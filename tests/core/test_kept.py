@@ -1,6 +1,7 @@
 """Rows in every form, multiplied by our own machine code: against float64, against XLA's products, bit for bit whatever stands beside; and the form that `narrowest` finds for what the
 `gguf` package quantised."""
 import ctypes
+import platform
 import threading
 
 import gguf
@@ -73,11 +74,11 @@ def test_threads_do_not_disturb_each_other(product):
     assert not wrong and not any(t.is_alive() for t in threads)
 
 
-def called(schedule, destroy=lambda request: None, threads=4):
-    """-> a function (x, w [F, D] float32) that calls the machine code for `threads` threads as XLA does, with another's pool: `schedule(request)` answers 0 or the address of an error."""
+def called(schedule, destroy=lambda request: None, processor=None):
+    """-> a function (x, w [F, D] float32) that calls the machine code for four threads as XLA does, with another's pool: `schedule(request)` answers 0 or the address of an error."""
     kinds = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p), ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     functions = [kind(f) for kind, f in zip(kinds, (schedule, destroy))]
-    engine = native.compiled("float32", threads)
+    engine = native.compiled("float32", 4, processor)
     handler = kinds[0](engine.get_function_address("llmjax_rows_float32"))
     words = lambda *values: (ctypes.c_int64 * len(values))(*values)
     table = [0] * 24
@@ -103,6 +104,15 @@ def test_without_threads_it_does_all_itself():
     x, w = (random.standard_normal((n, 512)).astype(np.float32) for n in (2, 300))
     np.testing.assert_allclose(call(x, w), x @ w.T, atol=1e-3)
     assert asked == ["schedule", ("destroy", 1)] * 3
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of another kind")
+def test_a_processor_with_fewer_registers():
+    """The same sums on AVX2, in other tiles."""
+    call, wide = called(lambda _: 1, processor="haswell"), called(lambda _: 1)
+    for rows in (1, 2, 3, 7):
+        x, w = (random.standard_normal((n, 256)).astype(np.float32) for n in (rows, 101))
+        np.testing.assert_array_equal(call(x, w), wide(x, w))
 
 
 def test_helpers_of_several_callers():
