@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-MARKER, TPU, DECODING = "<!-- benchmarks -->", "<!-- compiled for TPUs -->", "<!-- decoding on TPUs -->"
+MARKER, TPU, DECODING, PROFILE = "<!-- benchmarks -->", "<!-- compiled for TPUs -->", "<!-- decoding on TPUs -->", "<!-- where a token's time goes -->"
 RESULTS = ROOT / "benchmarks" / "results"
 ORDER = ("train_step", "decode", "serve", "serve_int8", "data")
 
@@ -72,6 +72,14 @@ def decoding(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def spent(result: dict) -> str:
+    """What decode_profile.py measured."""
+    tokens = result["tokens"]
+    lines = [f"| milliseconds of a token, {machine(result)} | {' | '.join(t['weights'] for t in tokens)} |", "|---|" + "---|" * len(tokens)]
+    lines += [f"| {part} | {' | '.join(format(t['parts'][part], '.2f') for t in tokens)} |" for part in tokens[0]["parts"]]
+    return "\n".join([*lines, f"| all | {' | '.join(format(t['milliseconds'], '.2f') for t in tokens)} |", f"| weights read, MB | {' | '.join(str(t['read_MB']) for t in tokens)} |"])
+
+
 def put(text: str, made: str, marker: str = MARKER) -> str:
     """README text with `made` between its two markers. Raises ValueError where there are not two."""
     parts = text.split(marker)
@@ -83,6 +91,7 @@ def put(text: str, made: str, marker: str = MARKER) -> str:
 def tables(text: str) -> str:
     """README text with all its tables."""
     text = put(put(text, table(results())), compiled(json.loads((RESULTS / "tpu_compile.json").read_text())["cases"]), TPU)
+    text = put(text, spent(json.loads((RESULTS / "decode_profile.json").read_text())), PROFILE)
     return put(text, decoding(json.loads((RESULTS / "tpu_decode.json").read_text())["cases"]), DECODING)
 
 

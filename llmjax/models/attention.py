@@ -211,19 +211,22 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-    if seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and platform() == "cpu" and not partitioned():
+    few = seen.by_slot and bias is None and spec.globals is None and kernels.fits(q, seen.k, seen.v, width=seen.width, softcap=spec.softcap, slopes=slopes)
+    if not few and seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and platform() == "cpu" and not partitioned():
         reach = context.reach(q.shape[1])
         assert segments is not None and reach is not None
         newest = jnp.max(jnp.where(segments > 0, reach, -1))
         again = functools.partial(attend, spec=spec, scale=scale, compute=compute, layout=layout, sinks=sinks, slopes=slopes)
         return over_used(lambda part: again(q, dc.replace(part, by_slot=False), context), seen, newest)
-    k, v = decode(seen.k, q.dtype), decode(seen.v, q.dtype)
-    seen = dc.replace(seen, k=k, v=v if seen.width is None else k[..., :seen.width])
     where: dict[str, Any] = dict(query_positions=context.reach(q.shape[1]), query_segments=segments, key_positions=seen.positions, key_segments=seen.segments)
     if spec.chunked:
         assert spec.window
         for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
             where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
+    if few:
+        return kernels.few(q, seen.k, seen.v, **where, causal=spec.causal, window=spec.window, scale=scale, sinks=sinks, width=seen.width)
+    k, v = decode(seen.k, q.dtype), decode(seen.v, q.dtype)
+    seen = dc.replace(seen, k=k, v=v if seen.width is None else k[..., :seen.width])
     settings: dict[str, Any] = dict(causal=spec.causal, in_order=in_order, window=spec.window, softcap=spec.softcap)
     if spec.globals is not None:
         return kernels.sparse(q, seen.k, seen.v, **where, **settings, globals=spec.globals, scale=scale)

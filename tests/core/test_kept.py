@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.core import native, native_code
+from llmjax.core import native
 from llmjax.core.kept import narrowest, times, widen
+from llmjax.core.native import team
 
 random = np.random.default_rng(0)
 FORMS = ("float32", "bfloat16", "int8", "int8_blocks", "uint8")
@@ -78,11 +79,12 @@ def called(schedule, destroy=lambda request: None, processor=None):
     """-> a function (x, w [F, D] float32) that calls the machine code for four threads as XLA does, with another's pool: `schedule(request)` answers 0 or the address of an error."""
     kinds = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p), ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     functions = [kind(f) for kind, f in zip(kinds, (schedule, destroy))]
-    engine = native.compiled("float32", 4, processor)
-    handler = kinds[0](engine.get_function_address("llmjax_rows_float32"))
     words = lambda *values: (ctypes.c_int64 * len(values))(*values)
+    board = words(*[0] * team.BOARD)
+    engine = native.compiled("rows_float32", 4, ctypes.addressof(board), processor)
+    handler = kinds[0](engine.get_function_address("llmjax_rows_float32"))
     table = [0] * 24
-    table[native_code.API["schedule"]], table[native_code.API["destroy"]] = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
+    table[team.API["schedule"]], table[team.API["destroy"]] = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
     table = words(*table)
 
     def call(x, w):
@@ -93,7 +95,7 @@ def called(schedule, destroy=lambda request: None, processor=None):
         frame = words(0, 0, ctypes.addressof(table), 0, 3, 0, 0, 2, 0, ctypes.addressof(arguments), 0, 0, 1, 0, ctypes.addressof(results))
         assert not handler(ctypes.addressof(frame))
         return out
-    call.kept = engine, functions
+    call.kept = engine, functions, board
     return call
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llmjax.core.contract import accumulate
 from llmjax.core.platform import platform
+from llmjax.kernels.attention.few import few_in_pages, fits
 from llmjax.kernels.attention.merged import narrowed, pays, widened
 from llmjax.kernels.attention.scores import gather, spread
 from llmjax.kernels.attention.stored import decode
@@ -50,6 +51,9 @@ def paged(q, k, v, table, positions, used, *, rule: Rule = Rule(), softcap: floa
     -> [B, T, N, Hv] in `q.dtype`; scores and sums are float32, probabilities enter their product in `q.dtype`.
     """
     (B, T, N, _), (P, page, heads), W = q.shape, k.shape[:3], table.shape[1]
+    if fits(q, k, v, width=width, softcap=softcap, slopes=slopes):
+        see = rule.sees(positions, jnp.arange(W * page, dtype=jnp.int32)) & used[:, :, None]
+        return few_in_pages(q, k, v, table, see, scale=scale, sinks=sinks, width=width)
     K = 1 if width is None and pays(q, k) else heads         # all kv heads as one; the pages are joined once they are collected, for XLA would copy a pool of another shape into the loop
     if heads > K:
         q = widened(q, heads)
