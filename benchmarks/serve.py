@@ -91,12 +91,10 @@ class Http:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         async for line in reader:
-            if line.startswith(b"data: {"):
-                now, event = time.perf_counter(), json.loads(line[6:])
-                if event.get("usage"):
-                    made = event["usage"]["completion_tokens"]
-                elif event["choices"] and not event["choices"][0]["finish_reason"]:
-                    times.append(now)
+            if b'"finish_reason":null' in line:                           # as bytes: the client takes no more of the machine than it must
+                times.append(time.perf_counter())
+            elif b'"usage":{' in line:
+                made = json.loads(line[6:])["usage"]["completion_tokens"]
         writer.close()
         if made != new:
             raise RuntimeError(f"{made} tokens came of {new}")

@@ -10,10 +10,12 @@ import contextlib
 import dataclasses as dc
 import functools
 import json
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmjax.core.errors import ConfigError, DataError
 from llmjax.decode.grammar import Choice as OneOf
@@ -182,6 +184,33 @@ def stops_of(body: Sampled, engine: Engine) -> tuple[tuple[str, ...], tuple[int,
     return tuple(t for t in texts if t not in known), tuple({*ends, *body.stop_token_ids, *(known[t] for t in texts if t in known)})
 
 
+class Mailbox:
+    """What other threads tell the coroutines of a loop. It is woken once for all that comes before it looks: a step of the engine is a token for each of many requests, and to wake a loop costs
+    as much as to send one."""
+    boxes: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.lock, self.waiting = weakref.ref(loop), threading.Lock(), collections.deque[tuple[asyncio.Queue, Any]]()
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Mailbox:
+        return cls.boxes.setdefault(loop, cls(loop))
+
+    def put(self, queue: asyncio.Queue, message: Any) -> None:
+        with self.lock:
+            first = not self.waiting                                       # else what stands before it has woken the loop, which looks until nothing is left
+            self.waiting.append((queue, message))
+        loop = self.loop()
+        if first and loop is not None:
+            with contextlib.suppress(RuntimeError):                        # the loop has ended
+                loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        while self.waiting:
+            queue, message = self.waiting.popleft()
+            queue.put_nowait(message)
+
+
 async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
     """Everything said, as it comes; ends when all choices have. Left early, the engine forgets the rest at once. Raises ApiError where the engine refuses or fails."""
     said: list[tuple[int, list[Event]]] = []
@@ -198,12 +227,11 @@ async def answer(engine: Engine, question: Question) -> AsyncIterator[Part]:
         for index, events in known:
             yield heard(readers[index], index, events, 0)
         return
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, list[Event]]]()
+    mailbox, queue = Mailbox.of(asyncio.get_running_loop()), asyncio.Queue[tuple[int, list[Event]]]()
     numbers: dict[Request, int] = {}
 
     def listen(request: Request, events: list[Event]) -> None:
-        with contextlib.suppress(RuntimeError):                        # the loop has ended
-            loop.call_soon_threadsafe(queue.put_nowait, (numbers[request], events))
+        mailbox.put(queue, (numbers[request], events))
     born = time.monotonic()
     leader = None
     for i, prompt in enumerate(question.prompts):

@@ -88,33 +88,49 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
 async def send_stream(send: Send, parts: AsyncIterator[bytes], patience: float, form: Callable[[ApiError], bytes], headers: Mapping[str, str]) -> None:
     """Server-sent events. Nothing is sent before the first is there, so that an error before it has its own status; one that comes later is an event. Raises TimeoutError for a reader
     that takes nothing for `patience` seconds."""
-    spoke = time.monotonic()
+    task, spoke, sending, stuck = asyncio.current_task(), time.monotonic(), False, False
+    assert task is not None
 
     async def say(data: bytes, more: bool = True) -> None:
-        nonlocal spoke
-        spoke = time.monotonic()
-        async with asyncio.timeout(patience):
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+        nonlocal spoke, sending
+        spoke, sending = time.monotonic(), True
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        sending = False
 
-    async def ping() -> None:
-        while True:
-            await asyncio.sleep(PING / 3)
-            if time.monotonic() - spoke > PING:
-                await say(b": still here\n\n")
+    async def watch() -> None:
+        """Looks now and then, which costs less than a timer for every part: whether the reader holds us up, and whether it has heard nothing for long."""
+        nonlocal stuck
+        while not stuck:
+            await asyncio.sleep(min(PING / 3, patience / 4))
+            silent = time.monotonic() - spoke
+            if sending:
+                stuck = silent > patience
+            elif silent > PING:
+                try:
+                    await asyncio.wait_for(say(b": still here\n\n"), patience)
+                except TimeoutError:
+                    stuck = True
+        task.cancel()
     first = await anext(parts, None)                               # type: ignore[arg-type]
     more = [(k.encode(), v.encode()) for k, v in headers.items()]             # as they are once the first part is there
     await send({"type": "http.response.start", "status": 200, "headers": [*more, *STREAMED]})
-    pinger = asyncio.create_task(ping())
+    watcher = asyncio.create_task(watch())
     try:
-        if first is not None:
-            await say(first)
-        async for part in parts:
-            await say(part)
-    except ApiError as error:
-        await say(form(error))
+        try:
+            if first is not None:
+                await say(first)
+            async for part in parts:
+                await say(part)
+        except ApiError as error:
+            await say(form(error))
+        await say(b"", more=False)
+    except asyncio.CancelledError:
+        if not stuck:
+            raise
+        task.uncancel()
+        raise TimeoutError from None
     finally:
-        pinger.cancel()
-    await say(b"", more=False)
+        watcher.cancel()
 
 
 async def events(found: AsyncIterator[replies.Reply]) -> AsyncIterator[bytes]:
