@@ -8,6 +8,8 @@ from llvmlite import ir
 from llmjax.core.native import WIDTH
 
 WIDEN = dict(float32=ir.FloatType(), bfloat16=ir.IntType(16), int8=ir.IntType(8), int8_blocks=ir.IntType(8), uint8=ir.IntType(8))         # how numbers of a kind lie in memory
+MAGIC = 1.5 * 2**23                          # a float32 plus this is rounded to a whole number
+POLYNOMIAL = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
 
 word, byte, index, single, pointer, nothing = ir.IntType(64), ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.PointerType(), ir.VoidType()
 vector, integers = ir.VectorType(single, WIDTH), ir.VectorType(index, WIDTH)
@@ -156,6 +158,3 @@ class Code(ir.IRBuilder):
         power = self.bitcast(self.shl(self.add(self.bitcast(shifted, integers), same(127)), same(23)), vector)           # 2^n: n stands in the last bits of `shifted`
         return self.select(self.fcmp_ordered("<", x, constant(-87.0)), constant(0.0), self.fmul(y, power))
 
-
-MAGIC = 1.5 * 2**23                          # a float32 plus this is rounded to a whole number
-POLYNOMIAL = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
