@@ -211,7 +211,7 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
     segments, in_order = context.segments, seen.in_order and context.prefix is None
     if not seen.in_order and segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-    few = seen.by_slot and bias is None and spec.globals is None and kernels.fits(q, seen.k, seen.v, width=seen.width, softcap=spec.softcap, slopes=slopes)
+    few = compute.attention == "auto" and seen.by_slot and bias is None and spec.globals is None and kernels.fits(q, seen.k, seen.v, width=seen.width, softcap=spec.softcap, slopes=slopes)
     if not few and seen.by_slot and bias is None and spec.causal and q.shape[1] <= FEW and platform() == "cpu" and not partitioned():
         reach = context.reach(q.shape[1])
         assert segments is not None and reach is not None
@@ -224,6 +224,7 @@ def attend(q: jax.Array, seen: Seen | InPages, context: Context, spec: Attention
         for side, length in (("query", q.shape[1]), ("key", seen.k.shape[1])):
             where[f"{side}_segments"] = chunks(where[f"{side}_segments"], where[f"{side}_positions"], length, spec.window)
     if few:
+        tell("few", "the CPU's, over a cache")
         return kernels.few(q, seen.k, seen.v, **where, causal=spec.causal, window=spec.window, scale=scale, sinks=sinks, width=seen.width)
     k, v = decode(seen.k, q.dtype), decode(seen.v, q.dtype)
     seen = dc.replace(seen, k=k, v=v if seen.width is None else k[..., :seen.width])

@@ -8,9 +8,10 @@ import pytest
 from pieces import B, V, close, make
 
 from llmjax import decode
-from llmjax.core import Attention, Layer, Mlp, ModelConfig, Rope
+from llmjax.core import Attention, Compute, Layer, Mlp, ModelConfig, Rope
 from llmjax.core.model_config import LatentAttention
 from llmjax.kernels import attention as kernels
+from llmjax.models import Decoder
 
 MIXERS = {"full and ring": (Attention(4, 2, 16, Rope()), Attention(4, 2, 16, Rope(), window=6)), "chunks, sinks": (Attention(4, 4, 16, Rope(), window=7, chunked=True, sinks=True),),
           "latents": (LatentAttention(4, 16, 8, 16, 10),), "lent": (Attention(4, 1, 32, Rope(), lends="a"), Attention(8, 1, 32, Rope(), borrows="a"))}
@@ -29,6 +30,7 @@ def test_decoding_is_the_forward(kind, monkeypatch):
         inner = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *args, name=name, inner=inner, **settings: traced.append(name) or inner(*args, **settings))
     model, params, tokens, wanted = make(ModelConfig(V, 32, prefix=tuple(Layer(m, Mlp(8)) for m in MIXERS[kind]), context=64))
+    asked, model = model, Decoder(model.config, Compute("float32"))          # `make` asks for blockwise by name
     tokens, lengths = np.asarray(tokens), np.asarray([5, 3])
     for name, cache in caches(model):
         at = np.broadcast_to(np.arange(5), (B, 5))
@@ -40,3 +42,6 @@ def test_decoding_is_the_forward(kind, monkeypatch):
             logits, cache = decode.decode_step(model, params, tokens[np.arange(B), place], place, np.ones(B, bool), cache)
             close(logits, wanted[np.arange(B), place])
         assert name in traced
+    traced.clear()
+    decode.decode_step(asked, params, tokens[:, 0], np.zeros(B, np.int32), np.ones(B, bool), decode.init_cache(asked, B, 40))
+    assert not traced                                                         # who names another gets it

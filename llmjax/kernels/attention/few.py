@@ -9,7 +9,7 @@ from llmjax.core import native
 from llmjax.core.platform import partitioned, platform
 from llmjax.kernels.attention.mask import visible, whereabouts
 
-MOST = 128            # queries a row: measured (9 and 3 heads of 64, 32 and 8 of 128), 16 to 128 of them take 0.25 to 0.75 of the time of XLA's programs over pages, 0.3 to 1.25 over slots
+MOST = 128            # queries a row: measured (9 and 3 heads of 64, 32 and 8 of 128), 16 to 128 of them take 0.48 to 0.76 of the time of XLA's programs over pages, 0.3 to 1.25 over slots
 
 
 def fits(q: jax.Array, k: Any, v: Any, *, width: int | None, softcap: float | None, slopes: jax.Array | None) -> bool:
